@@ -1,0 +1,5 @@
+"""`python -m collab_service` is `collab`."""
+
+from collab_service.cli.main import main
+
+main()

@@ -1,0 +1,6 @@
+"""The command line."""
+
+import os
+
+# We start other programs (pg_ctl) and never fork a process that goes on with gRPC; its fork handlers only get in the way.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")

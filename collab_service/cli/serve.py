@@ -1,0 +1,294 @@
+"""`collab serve`."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+
+if sys.platform != "win32":
+    import uvloop
+
+from collab_service import __version__
+from collab_service.cli.failure import CommandError
+from collab_service.cli.migrate import check_database_url
+from collab_service.cli.settings import DatabaseUrl, default_data_dir
+from collab_service.config import Config
+from collab_service.log.background import BackgroundTasks
+from collab_service.logs import LogFormat, configure_logs
+from collab_service.model import Limits, QueueLimits
+from collab_service.model.errors import StorageUnavailable
+from collab_service.rpc.server import Server, is_loopback, split_address
+from collab_service.storage import schema
+from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
+from collab_service.storage.embedded.accounts import postgres_account
+from collab_service.storage.schema import SchemaState
+
+_log = structlog.get_logger(__name__)
+
+_DATABASE_LOOK = 1.0
+"""Seconds between looks for a database that is not there when the server starts."""
+_POSTGRES_LOOK = 1.0
+"""Seconds between looks for the PostgreSQL of our own, which is started again when it has died."""
+
+_LIMITS, _QUEUE = Limits(), QueueLimits()
+
+
+def _limit(name: str, help_: str) -> typer.models.OptionInfo:
+    return typer.Option(
+        f"--{name}",
+        envvar=f"COLLAB_{name.upper().replace('-', '_')}",
+        min=1,
+        help=help_,
+        rich_help_panel="Limits",
+    )
+
+
+def serve(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="COLLAB_DATA_DIR",
+            metavar="DIRECTORY",
+            help="Where the PostgreSQL of our own keeps its data; used when no database URL is given.",
+            show_default="/var/lib/collab-service for root, else ~/.local/share/collab-service",
+        ),
+    ] = None,
+    database_url: DatabaseUrl = None,
+    grpc_address: Annotated[
+        str,
+        typer.Option(envvar="COLLAB_GRPC_ADDRESS", metavar="HOST:PORT", help="Where gRPC listens; port 0 picks one."),
+    ] = "127.0.0.1:50051",
+    http_address: Annotated[
+        str,
+        typer.Option(
+            envvar="COLLAB_HTTP_ADDRESS",
+            metavar="HOST:PORT",
+            help="Where the JSON gateway will listen; checked now, used by a later version.",
+        ),
+    ] = "127.0.0.1:8080",
+    allow_unauthenticated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unauthenticated",
+            envvar="COLLAB_ALLOW_UNAUTHENTICATED",
+            help="Listen on addresses that other machines reach, although anybody there can then read and write.",
+        ),
+    ] = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="COLLAB_LOG_FORMAT", help="Log lines for people or machines; auto asks the terminal."),
+    ] = LogFormat.AUTO,
+    shutdown_grace: Annotated[
+        float,
+        typer.Option(
+            envvar="COLLAB_SHUTDOWN_GRACE",
+            metavar="SECONDS",
+            min=0,
+            help="How long calls in progress may finish on a stop.",
+        ),
+    ] = 10.0,
+    database_pool_size: Annotated[
+        int,
+        typer.Option(envvar="COLLAB_DATABASE_POOL_SIZE", min=2, help="Connections to the database at most."),
+    ] = 10,
+    max_event_bytes: Annotated[int, _limit("max-event-bytes", "The payload of an event.")] = _LIMITS.event_bytes,
+    max_batch_events: Annotated[int, _limit("max-batch-events", "Events in a batch.")] = _LIMITS.batch_events,
+    max_batch_bytes: Annotated[
+        int, _limit("max-batch-bytes", "The payloads of a batch together.")
+    ] = _LIMITS.batch_bytes,
+    max_text_bytes: Annotated[
+        int, _limit("max-text-bytes", "room, owner_id, actor_id, type, hash and idempotency_key.")
+    ] = _LIMITS.text_bytes,
+    max_signature_bytes: Annotated[
+        int, _limit("max-signature-bytes", "The signature of an event.")
+    ] = _LIMITS.signature_bytes,
+    max_message_bytes: Annotated[int, _limit("max-message-bytes", "A received gRPC message.")] = _LIMITS.message_bytes,
+    max_waiting_appends: Annotated[
+        int, _limit("max-waiting-appends", "Appends that wait to be written; one session gets half.")
+    ] = _QUEUE.requests,
+    max_waiting_bytes: Annotated[
+        int, _limit("max-waiting-bytes", "The payloads that wait; one session gets a quarter.")
+    ] = _QUEUE.bytes,
+) -> None:
+    """Run the service, until SIGTERM or Ctrl-C.
+
+    Without a database URL it keeps a PostgreSQL of its own in the data directory: made on the first start, migrated on
+    every start, stopped with the service. With one, the schema must be there: `collab migrate`.
+
+    Every option can be given as the environment variable that stands with it.
+
+    Examples:
+
+    * `collab serve`
+
+    * `collab serve --database-url postgresql://collab@db.internal/collab --log-format json`
+    """
+    for option, address in (("--grpc-address", grpc_address), ("--http-address", http_address)):
+        host, _ = split_address(address)
+        if not is_loopback(host) and not allow_unauthenticated:
+            raise CommandError(
+                f"{option} {address} can be reached from other machines, and there is no authentication yet; "
+                "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
+            )
+    config = Config(
+        data_dir=data_dir or default_data_dir(),
+        database_url=database_url or None,
+        database_pool_size=database_pool_size,
+        grpc_address=grpc_address,
+        http_address=http_address,
+        shutdown_grace=shutdown_grace,
+        limits=Limits(
+            event_bytes=max_event_bytes,
+            batch_events=max_batch_events,
+            batch_bytes=max_batch_bytes,
+            text_bytes=max_text_bytes,
+            signature_bytes=max_signature_bytes,
+            message_bytes=max_message_bytes,
+        ),
+        queue=QueueLimits(
+            requests=max_waiting_appends,
+            bytes=max_waiting_bytes,
+            session_requests=max(max_waiting_appends // 2, 1),
+            session_bytes=max(max_waiting_bytes // 4, 1),
+        ),
+    )
+    if config.database_url is not None:
+        check_database_url(config.database_url)
+    configure_logs(log_format)
+    sys.exit(_run(config))
+
+
+class _Stopped(BaseException):
+    """SIGTERM came while nothing was running yet."""
+
+
+def _run(config: Config) -> int:
+    def stop_starting(*_: object) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop_starting)
+    try:
+        with _database(config) as (url, cluster), asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            return runner.run(_serve(config, url, cluster))
+    except (_Stopped, KeyboardInterrupt):
+        return 0
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+@contextmanager
+def _database(config: Config) -> Iterator[tuple[str, Cluster | None]]:
+    """Provide a database: the configured one, or a PostgreSQL of our own that runs and is migrated."""
+    if config.database_url is not None:
+        yield config.database_url, None
+        return
+    account = postgres_account()
+    if account is None:
+        raise CommandError(
+            "PostgreSQL does not run as root, and this machine has no user postgres or nobody to run it as; "
+            "start collab as another user, or give a database with --database-url"
+        )
+    data = DataDirectory(config.data_dir, account)
+    try:
+        cluster = Cluster(data)
+        try:
+            cluster.start()
+            _log.info("postgres started", data_dir=str(data.path), user=account.name)
+            schema.migrate(cluster.url)
+            yield cluster.url, cluster
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the end is near; it must be a clean one
+            cluster.stop()
+            _log.info("postgres stopped")
+    finally:
+        data.release()
+
+
+async def _serve(config: Config, url: str, cluster: Cluster | None) -> int:
+    """Serve until told to stop; return the exit status."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    status = 0
+
+    def died() -> None:
+        nonlocal status
+        status = 1
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    if not await _schema_is_there(url, stop):
+        return 0
+    server = Server(config, url, on_death=died)
+    tasks = BackgroundTasks(died)
+    try:
+        address = await server.start()
+        if cluster is not None:
+            tasks.spawn(_keep_running(cluster), "postgres")
+        _log.info("serving", grpc_address=address, version=__version__, pid=os.getpid())
+        await stop.wait()
+        stop.clear()
+        _log.info("stopping", grace_seconds=config.shutdown_grace)
+    finally:
+        await tasks.cancel()
+        stopping = asyncio.create_task(server.stop(config.shutdown_grace), name="stop")
+        again = asyncio.create_task(stop.wait(), name="second-signal")
+        await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+        if not stopping.done():
+            _log.warning("stopping at once, as the second signal says")
+            stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+    _log.info("stopped")
+    return status
+
+
+async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
+    """Wait for the database and look at its schema; False when told to stop before it was there."""
+    told = None
+    while not stop.is_set():
+        try:
+            state = await asyncio.to_thread(schema.schema_state, url)
+        except StorageUnavailable as error:
+            cause = str(error.__cause__ or error).strip()
+            if cause != told:
+                _log.warning("waiting for the database", cause=cause)
+                told = cause
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DATABASE_LOOK):
+                    await stop.wait()
+            continue
+        if state in (SchemaState.MISSING, SchemaState.OLDER):
+            what = (
+                "has no schema yet" if state is SchemaState.MISSING else "has an older schema than this version needs"
+            )
+            raise CommandError(f"the database {what}; run: collab migrate (with the same --database-url)")
+        return True
+    return False
+
+
+async def _keep_running(cluster: Cluster) -> None:
+    """Start PostgreSQL again when it has died, for ever."""
+    while True:
+        await asyncio.sleep(_POSTGRES_LOOK)
+        if await asyncio.to_thread(cluster.is_running):
+            continue
+        _log.error("postgres has died, starting it again")
+        try:
+            await asyncio.to_thread(cluster.start)
+            _log.info("postgres started")
+        except EmbeddedError as error:
+            _log.error("postgres does not start", cause=str(error))

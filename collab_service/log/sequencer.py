@@ -1,0 +1,387 @@
+"""Gives events their numbers: all appends of this process, written together.
+
+A transaction for each append would wait for the commit before it, on a busy session. So whatever waits is written in
+one transaction:
+
+1. Take what is queued, fairly by session.
+2. Lock the sessions' rows in the order of their ids. Two processes can then never deadlock, and within a session the
+   order of the numbers is the order of the commits, so that a reader never sees a gap. A session that somebody else
+   holds is left out and waits for its lock apart, so that it cannot stall the others.
+3. In a later statement, whose snapshot is taken after the locks, read each session's head and the idempotency keys.
+4. Decide on one request after the other (`decide`). One caller's mistake is that caller's answer and nobody else's.
+5. Insert, commit, and only then answer.
+
+What fails:
+
+* Before the commit was sent, nothing is stored. A conflict or a lost connection is tried again; an unexpected error
+  makes the requests be tried one by one, so that a poisoned one takes no other down with it.
+* When the connection is lost during the commit, nobody knows its outcome. The session's lock is taken again: then the
+  old transaction has ended, one way or the other, and the event at our first number tells which.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import psycopg
+import structlog
+
+from collab_service.log.background import BackgroundTasks
+from collab_service.log.decide import (
+    AppendRequest,
+    Decision,
+    Replay,
+    SessionState,
+    all_rows,
+    digests_of,
+    replay_start,
+)
+from collab_service.log.queue import Appended, AppendQueue, Pending
+from collab_service.model import Event, QueueLimits
+from collab_service.model.errors import (
+    CollabError,
+    CommitOutcomeUnknown,
+    DatabaseUnreachable,
+    Overloaded,
+    SessionNotFound,
+    ShuttingDown,
+    StorageUnavailable,
+    TransactionConflict,
+)
+from collab_service.storage.database import Database, DriverConnection
+from collab_service.storage.repository import appending
+from collab_service.storage.repository.appending import Locked, NewRow
+from collab_service.storage.times import now_micros
+
+_log = structlog.get_logger(__name__)
+
+_EVENT_BYTES = 256
+"""What an event weighs in the queue besides its payload, roughly."""
+_TRANSACTION_EVENTS = 1_000
+_TRANSACTION_BYTES = 8 * 1024 * 1024
+_TRANSACTION_SESSIONS = 1_000
+_ATTEMPTS = 3
+_LOCK_WAIT = 10.0
+"""Seconds to wait for a session that somebody else holds."""
+_HELD_SESSIONS = 4
+"""Sessions to wait for at once, each with a connection."""
+_GATHER = 0.003
+"""Seconds to wait at most for callers who were active a moment ago."""
+_RESOLVE = 30.0
+"""Seconds to try to find out what became of a commit."""
+
+Ids = Mapping[tuple[int, int], int]
+
+
+class _InDoubt(Exception):
+    """The connection was lost between sending a commit and reading its answer."""
+
+    def __init__(self, rows: Sequence[NewRow], decided: Sequence[tuple[Pending, Decision]]) -> None:
+        self.rows = rows
+        self.decided = decided
+
+
+class Sequencer:
+    """Appends for one process. One task writes; further ones wait for sessions that others hold."""
+
+    def __init__(
+        self,
+        database: Database,
+        limits: QueueLimits,
+        *,
+        tasks: BackgroundTasks,
+        on_stored: Callable[[Sequence[Event]], None],
+        clock: Callable[[], int] = now_micros,
+    ) -> None:
+        """Prepare; `start` makes it work.
+
+        Args:
+            database: Where to write.
+            limits: How much may wait.
+            tasks: The owner of the tasks that write.
+            on_stored: Called with the new events of each transaction, after its commit and before the answers.
+            clock: The time in microseconds.
+        """
+        self._database = database
+        self._queue = AppendQueue(limits)
+        self._tasks = tasks
+        self._on_stored = on_stored
+        self._clock = clock
+        self._closing = False
+        self._expected = 1
+        self._writing: set[Pending] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._held_slots = asyncio.Semaphore(_HELD_SESSIONS)
+
+    async def append(self, request: AppendRequest) -> Appended:
+        """Append events to a session, all or nothing, and return them as they are stored.
+
+        Raises:
+            SessionNotFound: There is no such session.
+            ServerSeqConflict: The expected last number is not the session's.
+            IdempotencyKeyReused: A key is stored with other content.
+            Overloaded: Too much is waiting already.
+            StorageUnavailable: The database cannot do it now. Nothing was stored.
+            CommitOutcomeUnknown: The events may or may not be stored.
+            ShuttingDown: `stop` was called.
+        """
+        if self._closing:
+            raise ShuttingDown
+        size = request.payload_bytes + _EVENT_BYTES * len(request.events)
+        answer: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
+        pending = Pending(request, digests_of(request.events), size, answer)
+        self._queue.put(pending)
+        try:
+            return await pending.answer
+        finally:
+            self._queue.remove(pending)  # when the caller has left before it was taken
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._tasks.spawn(self._run(), "append")
+
+    async def stop(self, grace: float) -> None:
+        """Accept nothing more and write what waits, for `grace` seconds at most; the rest is told."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(grace):
+                while self._writing or len(self._queue):
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            _log.warning("appends were cut off", waiting=len(self._queue), writing=len(self._writing))
+        await self._tasks.cancel()
+        _fail(self._queue.take_all(), ShuttingDown())
+        _fail(list(self._writing), CommitOutcomeUnknown())
+
+    async def _run(self) -> None:
+        while True:
+            await self._gather()
+            batch = self._queue.take(
+                events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES, sessions=_TRANSACTION_SESSIONS
+            )
+            active = len(batch)
+            await self._write(batch)
+            self._expected = active + self._queue.ready
+
+    async def _gather(self) -> None:
+        """Wait for something to write, and a moment longer for those who are likely to come.
+
+        Callers tend to come back once they are answered. So as many as the last transaction answered, or kept waiting,
+        are expected again; a lone caller expects nobody and does not wait.
+        """
+        await self._queue.wait_for(1)
+        if self._expected > self._queue.ready:
+            try:
+                async with asyncio.timeout(_GATHER):
+                    await self._queue.wait_for(self._expected)
+            except TimeoutError:
+                pass
+
+    async def _write_held(self, session_id: int) -> None:
+        """Write what waits for one session, once whoever holds it lets go."""
+        try:
+            async with self._held_slots:
+                batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
+                await self._write(batch, wait_seconds=_LOCK_WAIT)
+        finally:
+            self._queue.release(session_id)
+
+    async def _write(self, batch: list[Pending], *, wait_seconds: float | None = None) -> None:
+        """Write requests in one transaction and answer them; when that fails, tell them, or try them one by one."""
+        mine = list(batch)
+        self._writing.update(mine)
+        try:
+            await self._write_with_retries(batch, wait_seconds)
+        except CollabError as error:
+            _fail(batch, error)
+        except Exception as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+            else:
+                _log.warning("append transaction failed, its requests are tried one by one", cause=repr(error))
+                for pending in batch:
+                    await self._write([pending], wait_seconds=wait_seconds)
+        finally:
+            self._writing.difference_update(mine)
+            self._idle.set()
+
+    async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> None:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                await self._transact(batch, wait_seconds)
+                return
+            except _InDoubt as doubt:
+                ids = await self._resolve(doubt)
+                if ids is not None:
+                    self._answer(doubt.decided, doubt.rows, ids)
+                    return
+                _log.info("the commit in doubt did not take place")
+            except (TransactionConflict, DatabaseUnreachable) as error:
+                if attempt == _ATTEMPTS:
+                    raise
+                _log.info("an append transaction is tried again", cause=repr(error.__cause__ or error))
+        raise DatabaseUnreachable
+
+    async def _transact(self, batch: list[Pending], wait_seconds: float | None) -> None:
+        """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list."""
+        async with self._database.driver_connection() as connection:
+            keys = [(p.request.session_id, key) for p in batch for _, key in p.request.keys()]
+            sessions = {pending.request.session_id for pending in batch}
+            locked = await appending.lock_sessions(connection, sessions, keys, wait_seconds=wait_seconds)
+            self._put_off(batch, locked.held)
+            batch[:] = [pending for pending in batch if not pending.answer.done()]
+            decided = await self._decide(connection, batch, locked)
+            rows = all_rows([decision for _, decision in decided])
+            if rows:
+                try:
+                    ids = await _insert_and_commit(connection, rows)
+                except psycopg.Error as error:
+                    if _was_refused(error):
+                        raise
+                    raise _InDoubt(rows, decided) from error
+            else:
+                ids = {}
+                await connection.rollback()
+        self._answer(decided, rows, ids)
+
+    def _put_off(self, batch: list[Pending], held: set[int]) -> None:
+        """Let requests for sessions that somebody else holds wait apart."""
+        if not held:
+            return
+        self._queue.put_back([pending for pending in batch if pending.request.session_id in held])
+        batch[:] = [pending for pending in batch if pending.request.session_id not in held]
+        for session_id in held:
+            self._queue.hold(session_id)
+            self._tasks.spawn(self._write_held(session_id), f"append-to-held-session-{session_id}")
+
+    async def _decide(
+        self, connection: DriverConnection, batch: Sequence[Pending], locked: Locked
+    ) -> list[tuple[Pending, Decision]]:
+        states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
+        if locked.known_keys:
+            for (session_id, key), server_seq in locked.known_keys.items():
+                if session_id in states:
+                    states[session_id].known_keys[key] = server_seq
+            await _read_replayed(connection, batch, states)
+        now = self._clock()
+        decided: list[tuple[Pending, Decision]] = []
+        for pending in batch:
+            state = states.get(pending.request.session_id)
+            if state is None:
+                decided.append((pending, SessionNotFound(session_id=pending.request.session_id)))
+            else:
+                decided.append((pending, state.decide(pending.request, pending.digests, now)))
+        return decided
+
+    def _answer(self, decided: Sequence[tuple[Pending, Decision]], rows: Sequence[NewRow], ids: Ids) -> None:
+        """Tell everybody what became of their request; the transaction is committed."""
+        if rows:
+            self._on_stored([_event(row, ids) for row in rows])
+        for pending, decision in decided:
+            if pending.answer.done():
+                continue
+            if isinstance(decision, CollabError):
+                pending.answer.set_exception(decision)
+            else:
+                events = [row if isinstance(row, Event) else _event(row, ids) for row in decision.rows]
+                pending.answer.set_result(Appended(events, replayed=isinstance(decision, Replay)))
+
+    async def _resolve(self, doubt: _InDoubt) -> Ids | None:
+        """Find out what became of a commit: return the ids of its events, or None when it did not take place.
+
+        Raises:
+            CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
+        """
+        _log.warning("the connection was lost during a commit", events=len(doubt.rows))
+        probes = list({row.session_id: row for row in reversed(doubt.rows)}.values())
+        deadline = time.monotonic() + _RESOLVE
+        pause = 0.05
+        while any(not pending.answer.done() for pending, _ in doubt.decided) and time.monotonic() < deadline:
+            try:
+                async with self._database.driver_connection() as connection:
+                    return await _find_committed(connection, probes, doubt.rows)
+            except (StorageUnavailable, Overloaded):
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
+        raise CommitOutcomeUnknown
+
+
+async def _insert_and_commit(connection: DriverConnection, rows: Sequence[NewRow]) -> Ids:
+    """Insert and commit in one round trip.
+
+    A warning means that the server committed here but gave up waiting for a synchronous standby: a fail-over could
+    still lose the events, so nobody is told that they are stored.
+    """
+    warnings: list[str | None] = []
+
+    def note(diagnostic: psycopg.errors.Diagnostic) -> None:
+        if diagnostic.severity_nonlocalized == "WARNING":
+            warnings.append(diagnostic.message_primary)
+
+    connection.add_notice_handler(note)
+    try:
+        async with connection.pipeline():
+            insert = await appending.insert_events(connection, rows)
+            await connection.commit()
+    finally:
+        connection.remove_notice_handler(note)
+    if warnings:
+        _log.error("a commit came with a warning", warning=warnings[0])
+        raise CommitOutcomeUnknown
+    return await insert.ids()
+
+
+def _was_refused(error: psycopg.Error) -> bool:
+    """Tell whether the server itself said that a transaction failed.
+
+    Only an ERROR says so. A FATAL ends the connection and can come after the commit; no answer at all says nothing.
+    """
+    return isinstance(error, psycopg.errors.PipelineAborted) or error.diag.severity_nonlocalized == "ERROR"
+
+
+async def _read_replayed(
+    connection: DriverConnection, batch: Sequence[Pending], states: Mapping[int, SessionState]
+) -> None:
+    """Read the stored events that requests with a known key may be replays of."""
+    ranges = []
+    for pending in batch:
+        state = states.get(pending.request.session_id)
+        if state is None:
+            continue
+        known = [(i, state.known_keys[key]) for i, key in pending.request.keys() if key in state.known_keys]
+        if known:
+            first = replay_start(known)
+            ranges.append((state.session_id, first, first + len(pending.request.events) - 1))
+    if ranges:
+        for (session_id, server_seq), event in (await appending.read_stored(connection, ranges)).items():
+            states[session_id].stored[server_seq] = event
+
+
+async def _find_committed(connection: DriverConnection, probes: Sequence[NewRow], rows: Sequence[NewRow]) -> Ids | None:
+    locked = await appending.lock_sessions(
+        connection, [probe.session_id for probe in probes], [], wait_seconds=_LOCK_WAIT
+    )
+    probe = next((probe for probe in probes if probe.session_id in locked.heads), None)
+    if probe is None:
+        raise CommitOutcomeUnknown
+    # With the lock ours, the transaction in doubt has ended, and no other has taken its numbers since.
+    stored = await appending.read_stored(connection, [(row.session_id, row.server_seq, row.server_seq) for row in rows])
+    await connection.rollback()
+    found = stored.get((probe.session_id, probe.server_seq))
+    if found is None or found.chain_hash != probe.chain_hash:
+        return None
+    return {place: event.id for place, event in stored.items()}
+
+
+def _event(row: NewRow, ids: Ids) -> Event:
+    # A session that was deleted while its commit was in doubt has no ids any more.
+    event_id = ids.get((row.session_id, row.server_seq), 0)
+    return Event(event_id, row.session_id, row.server_seq, row.created_at, row.chain_hash, row.content)
+
+
+def _fail(batch: Sequence[Pending], error: Exception) -> None:
+    for pending in batch:
+        if not pending.answer.done():
+            pending.answer.set_exception(error)

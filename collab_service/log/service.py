@@ -1,0 +1,148 @@
+"""What can be done with sessions and their logs: the use cases, one method each."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from collab_service.config import Config
+from collab_service.log.activity import ActivityWriter
+from collab_service.log.background import BackgroundTasks
+from collab_service.log.decide import AppendRequest
+from collab_service.log.page_token import make_page_token, read_page_token
+from collab_service.log.queue import Appended
+from collab_service.log.reading import Page, read_to_head
+from collab_service.log.removal import Remover
+from collab_service.log.sequencer import Sequencer
+from collab_service.model import Session
+from collab_service.model.errors import CollabError, SessionNotFound
+from collab_service.storage.database import Database, Pulse
+from collab_service.storage.repository import sessions
+from collab_service.storage.times import now_micros
+
+_RELEASE_STEP = 1_000
+"""Sessions that one transaction takes an owner off."""
+
+
+class LogService:
+    """Sessions and their logs, on one database."""
+
+    def __init__(self, config: Config, database_url: str, *, on_death: Callable[[], None]) -> None:
+        """Prepare; `start` makes it work.
+
+        Args:
+            config: The settings.
+            database_url: The database; its schema must be there.
+            on_death: Called when a background task died, after which the process has to go.
+        """
+        self._database = Database(database_url, pool_size=config.database_pool_size)
+        self._activity = ActivityWriter(self._database)
+        self._remover = Remover(self._database)
+        self._tasks = BackgroundTasks(on_death)
+        self._sequencer = Sequencer(
+            self._database,
+            config.queue,
+            tasks=BackgroundTasks(on_death),
+            on_stored=self._activity.note,
+        )
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._sequencer.start()
+        self._tasks.spawn(self._activity.run(), "activity")
+        self._tasks.spawn(self._remover.run(), "removal")
+
+    async def stop(self, grace: float) -> None:
+        """Write what waits, for `grace` seconds at most, and let go of the database."""
+        await self._sequencer.stop(grace)
+        await self._tasks.cancel()
+        try:
+            await self._activity.flush()
+        except CollabError:
+            pass  # only a listing's order would have used it
+        await self._database.dispose()
+
+    def pulse(self) -> Pulse:
+        """Return something to feel the database's pulse with."""
+        return Pulse(self._database)
+
+    async def create_session(
+        self, *, language_id: int | None, owner_id: str | None, room: str | None
+    ) -> tuple[Session, bool]:
+        """Create a session, or return the one that has the room; True when it is new."""
+        while True:
+            async with self._database.transaction() as connection:
+                session_id = await sessions.create_session(
+                    connection, language_id=language_id, owner_id=owner_id, room=room, now=now_micros()
+                )
+                if session_id is not None:
+                    return _found(await sessions.get_session(connection, session_id), session_id=session_id), True
+            # In a transaction of its own, which sees what the winner of a race has committed. A session that is
+            # deleted in between has left the room free.
+            async with self._database.transaction() as connection:
+                if room is not None and (session := await sessions.get_session_by_room(connection, room)) is not None:
+                    return session, False
+
+    async def get_session(self, session_id: int) -> Session:
+        """Return a session by its id; raises `SessionNotFound`."""
+        async with self._database.transaction() as connection:
+            return _found(await sessions.get_session(connection, session_id), session_id=session_id)
+
+    async def get_session_by_room(self, room: str) -> Session:
+        """Return a session by its room; raises `SessionNotFound`."""
+        async with self._database.transaction() as connection:
+            return _found(await sessions.get_session_by_room(connection, room), room=room)
+
+    async def list_sessions(
+        self, *, language_id: int | None, owner_id: str | None, page_size: int, page_token: str
+    ) -> tuple[list[Session], str]:
+        """Return a page of sessions, the most recently active first, and the next page's token, empty at the end.
+
+        Raises:
+            InvalidArgument: The page token is none of ours, or was made with other filters.
+        """
+        filters = (language_id, owner_id)
+        after = read_page_token(page_token, filters) if page_token else None
+        if after is None:
+            await self._activity.flush()  # so that the order is that of what was appended a moment ago
+        async with self._database.transaction() as connection:
+            found = await sessions.list_sessions(
+                connection, language_id=language_id, owner_id=owner_id, after=after, count=page_size + 1
+            )
+        page = found[:page_size]
+        return [session for session, _ in page], make_page_token(page[-1][1], filters) if found != page else ""
+
+    async def touch_session(self, session_id: int) -> Session:
+        """Move a session's activity to now; raises `SessionNotFound`."""
+        async with self._database.transaction() as connection:
+            await sessions.touch_session(connection, session_id, now_micros())
+            return _found(await sessions.get_session(connection, session_id), session_id=session_id)
+
+    async def delete_session(self, session_id: int) -> None:
+        """Delete a session; its rows are removed later, in steps; raises `SessionNotFound`."""
+        async with self._database.transaction() as connection:
+            if not await sessions.mark_deleted(connection, session_id, now_micros()):
+                raise SessionNotFound(session_id=session_id)
+        self._remover.wake()
+
+    async def remove_user(self, user_id: str) -> int:
+        """Take a user off the sessions they own, and return how many those were."""
+        released, last = 0, 0
+        while True:
+            async with self._database.transaction() as connection:
+                ids = await sessions.release_sessions(connection, user_id, after=last, count=_RELEASE_STEP)
+            released += len(ids)
+            if len(ids) < _RELEASE_STEP:
+                return released
+            last = ids[-1]
+
+    async def append(self, request: AppendRequest) -> Appended:
+        """Append events to a session, all or nothing; see `Sequencer.append`."""
+        return await self._sequencer.append(request)
+
+    def read(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncIterator[Page]:
+        """Read a session's events up to the head as it is now; see `read_to_head`."""
+        return read_to_head(self._database, session_id, since=since, limit=limit, types=types)
+
+
+def _found(session: Session | None, *, session_id: int | None = None, room: str | None = None) -> Session:
+    if session is None:
+        raise SessionNotFound(session_id=session_id, room=room)
+    return session

@@ -1,0 +1,49 @@
+"""Log lines: a fixed message with structured fields, to standard error, for people or for machines."""
+
+import logging
+import sys
+from enum import StrEnum
+
+import structlog
+
+
+class LogFormat(StrEnum):
+    """How a log line looks."""
+
+    AUTO = "auto"
+    """`console` on a terminal, else `json`."""
+    JSON = "json"
+    CONSOLE = "console"
+
+
+def configure_logs(log_format: LogFormat, level: str = "info") -> None:
+    """Send everything that is logged, by us and by libraries, to standard error in one format."""
+    terminal = sys.stderr.isatty()
+    if log_format is LogFormat.AUTO:
+        log_format = LogFormat.CONSOLE if terminal else LogFormat.JSON
+    shared: list[structlog.types.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.types.Processor]
+    if log_format is LogFormat.JSON:
+        last = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    else:
+        last = [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=structlog.dev.plain_traceback)]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("collab_service").setLevel(level.upper())

@@ -1,0 +1,65 @@
+"""The SHA-256 chain over a session's events, with which anyone who holds a log can check it.
+
+The formats are those of the public contract (`Event.chain_hash` in the protos): every field is told apart from its
+neighbours by its length, and an event's content enters by its digest alone, so that it can be erased one day without
+breaking the chain.
+"""
+
+from collections.abc import Iterable
+from hashlib import sha256
+from struct import Struct
+
+from collab_service.model.event import Event, NewEvent
+
+_u32 = Struct(">I").pack
+_leaf_numbers = Struct(">QQQ").pack
+_u64 = Struct(">Q").pack
+_ABSENT = b"\0"
+
+
+def _opt(value: bytes) -> bytes:
+    return b"\1" + _u32(len(value)) + value
+
+
+def content_digest(event: NewEvent) -> bytes:
+    """Return the 32-byte digest of everything that the author gave."""
+    payload = event.payload
+    kind, data = (b"\1", payload.encode()) if isinstance(payload, str) else (b"\2", payload)
+    return sha256(
+        b"".join(
+            (
+                b"collab-content-v1",
+                _ABSENT if event.actor_id is None else _opt(event.actor_id.encode()),
+                _ABSENT if event.client_seq is None else _opt(b"%d" % event.client_seq),
+                _ABSENT if event.type is None else _opt(event.type.encode()),
+                kind,
+                _u32(len(data)),
+                data,
+                _ABSENT if event.hash is None else _opt(event.hash.encode()),
+                _opt(event.signature) if event.signature else _ABSENT,
+                _ABSENT if event.idempotency_key is None else _opt(event.idempotency_key.encode()),
+            )
+        )
+    ).digest()
+
+
+def chain_start(session_id: int) -> bytes:
+    """Return chain(0), the head of a session without events."""
+    return sha256(b"collab-session-v1" + _u64(session_id)).digest()
+
+
+def chain_next(previous: bytes, session_id: int, server_seq: int, created_at: int, content: bytes) -> bytes:
+    """Return chain(n) from chain(n-1) and the event's numbers, time (µs) and content digest."""
+    leaf = sha256(b"collab-event-v1" + _leaf_numbers(session_id, server_seq, created_at) + content).digest()
+    return sha256(previous + leaf).digest()
+
+
+def first_broken_link(previous: bytes, events: Iterable[Event]) -> Event | None:
+    """Return the first of `events` whose chain hash does not follow from `previous` and those before it."""
+    for event in events:
+        previous = chain_next(
+            previous, event.session_id, event.server_seq, event.created_at, content_digest(event.content)
+        )
+        if previous != event.chain_hash:
+            return event
+    return None

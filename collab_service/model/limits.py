@@ -1,0 +1,39 @@
+"""How much the service accepts."""
+
+from dataclasses import dataclass
+
+MAX_INT64 = 2**63 - 1
+MAX_JSON_DEPTH = 128
+MAX_EVENT_TYPES = 1_000
+"""Types that one read can ask for."""
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on accepted input, in bytes of UTF-8 unless said otherwise."""
+
+    event_bytes: int = 1024 * 1024
+    """The payload of one event."""
+    batch_events: int = 1_000
+    """Events in a batch (a count)."""
+    batch_bytes: int = 4 * 1024 * 1024
+    """The payloads of a batch together."""
+    text_bytes: int = 255
+    """`room`, `idempotency_key`, `actor_id`, `owner_id`, `type` and `hash`."""
+    signature_bytes: int = 1024
+    message_bytes: int = 8 * 1024 * 1024
+    """A received gRPC message."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """How much may wait in this process, counted until it is taken to be written."""
+
+    requests: int = 4_096
+    bytes: int = 64 * 1024 * 1024
+    session_requests: int = 2_048
+    """Of one session, so that a session that is stuck leaves room for the others."""
+    session_bytes: int = 16 * 1024 * 1024

@@ -1,0 +1,113 @@
+"""The boundary between gRPC and the servicer: what comes in is decoded, what goes wrong is answered and logged.
+
+Requests are decoded here and not by grpc, which would answer `INTERNAL` to bytes that are no message. Nothing leaves
+but our own errors: the text of an unexpected exception stays in the log.
+"""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from collab_service.model.errors import CollabError, InvalidArgument, Violation
+from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
+
+_log = structlog.get_logger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a caller's own request id may look like; any other is replaced."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Unimplemented(Exception):
+    """The call, or what it asks for, comes with a later version; the message says what."""
+
+
+class Boundary:
+    """Wraps the servicer's methods into handlers for grpc, and counts the calls in progress."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def handler(
+        self, method: MethodDescriptor, behaviour: Callable[[Any, Context], Awaitable[Any]]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return the handler for one RPC, carried out by `behaviour`."""
+        decode = GetMessageClass(method.input_type).FromString
+        name = method.name
+
+        async def call(data: bytes, context: Context) -> Any:
+            self._calls += 1
+            self._idle.clear()
+            try:
+                return await behaviour(_decoded(decode, data), context)
+            except asyncio.CancelledError:
+                _log.info("call was cancelled", method=name, request_id=_request_id(context))
+                raise
+            except Exception as error:
+                await _fail(name, context, error)
+            finally:
+                self._calls -= 1
+                if not self._calls:
+                    self._idle.set()
+
+        async def stream_call(requests: Any, context: Context) -> Any:
+            return await call(b"", context)
+
+        encode = GetMessageClass(method.output_type).SerializeToString
+        if method.client_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream_call, response_serializer=encode)
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(call, response_serializer=encode)
+        return grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
+
+    async def idle(self) -> None:
+        """Wait until no call is in progress."""
+        await self._idle.wait()
+
+
+def _decoded(decode: Callable[[bytes], Message], data: bytes) -> Message:
+    try:
+        return decode(data)
+    except DecodeError as error:
+        what = "must be the bytes of this call's request message, with valid UTF-8 in text fields"
+        raise InvalidArgument([Violation("request", what)]) from error
+
+
+async def _fail(method: str, context: Context, error: Exception) -> None:
+    request_id = _request_id(context)
+    log = _log.bind(method=method, request_id=request_id)
+    trailing = ((REQUEST_ID_KEY, request_id),)
+    if isinstance(error, Unimplemented):
+        log.info("call failed", code="UNIMPLEMENTED")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error), trailing)
+    failure: Failure
+    if isinstance(error, CollabError):
+        failure = failure_of(error)
+        log.info("call failed", code=failure.code.name, reason=failure.reason, cause=_cause(error))
+    else:
+        failure = internal_failure(request_id)
+        log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
+    await context.abort(failure.code, failure.message, (*trailing, (DETAILS_KEY, failure.details)))
+
+
+def _cause(error: CollabError) -> str | None:
+    return None if error.__cause__ is None else f"{type(error.__cause__).__name__}: {error.__cause__}"[:500]
+
+
+def _request_id(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex

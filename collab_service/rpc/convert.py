@@ -1,0 +1,57 @@
+"""From the model to protobuf messages."""
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from collab_service.log.reading import Page
+from collab_service.model import Event, Session
+from collab_service.v1 import collab_service_pb2 as pb
+
+
+def timestamp(micros: int) -> Timestamp:
+    """Return microseconds of the Unix epoch as a `Timestamp`."""
+    seconds, rest = divmod(micros, 1_000_000)
+    return Timestamp(seconds=seconds, nanos=rest * 1_000)
+
+
+def session_message(session: Session) -> pb.Session:
+    """Return a session as a message."""
+    return pb.Session(
+        id=session.id,
+        language_id=session.language_id,
+        owner_id=session.owner_id,
+        room=session.room,
+        create_time=timestamp(session.created_at),
+        last_active_time=timestamp(session.last_active),
+        first_server_seq=session.first_server_seq,
+        last_server_seq=session.last_server_seq,
+        chain_hash=session.chain_hash,
+    )
+
+
+def event_message(event: Event) -> pb.Event:
+    """Return a stored event as a message."""
+    content = event.content
+    payload = content.payload
+    is_json = isinstance(payload, str)
+    return pb.Event(
+        id=event.id,
+        session_id=event.session_id,
+        server_seq=event.server_seq,
+        actor_id=content.actor_id,
+        client_seq=content.client_seq,
+        type=content.type,
+        json=payload if is_json else None,
+        binary=None if is_json else payload,
+        hash=content.hash,
+        signature=content.signature,
+        idempotency_key=content.idempotency_key,
+        create_time=timestamp(event.created_at),
+        chain_hash=event.chain_hash,
+    )
+
+
+def page_message(page: Page) -> pb.ListEventsResponse:
+    """Return a page of events as a message."""
+    return pb.ListEventsResponse(
+        events=map(event_message, page.events), through_server_seq=page.through, head_server_seq=page.head
+    )

@@ -1,0 +1,68 @@
+"""The standard health service, following the state of the database."""
+
+import asyncio
+
+import structlog
+from grpc_health.v1 import health, health_pb2
+
+from collab_service.model.errors import StorageUnavailable
+from collab_service.storage.database import Pulse
+
+_log = structlog.get_logger(__name__)
+
+_INTERVAL = 1.0
+_PATIENCE = 2.0
+"""Seconds after which a database that does not answer is taken to be away."""
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class HealthMonitor:
+    """Feels the database's pulse and tells the health service."""
+
+    def __init__(self, pulse: Pulse, names: tuple[str, ...]) -> None:
+        """Prepare; nothing is serving until the first beat.
+
+        Args:
+            pulse: The database's.
+            names: The names whose health is asked for; "" is that of the whole server.
+        """
+        self.servicer = health.aio.HealthServicer()
+        self._pulse = pulse
+        self._names = names
+        self._serving: bool | None = None
+
+    async def run(self) -> None:
+        """Follow the database, for ever."""
+        try:
+            while True:
+                await self.beat()
+                await asyncio.sleep(_INTERVAL)
+        finally:
+            await self._pulse.close()
+
+    async def beat(self) -> None:
+        """Look once."""
+        cause = None
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await self._pulse.beat()
+        except (StorageUnavailable, TimeoutError) as error:
+            cause = repr(error.__cause__ or error)
+        serving = cause is None
+        if serving != self._serving:
+            self._serving = serving
+            await self._tell(serving)
+            if serving:
+                _log.info("the database is there")
+            else:
+                _log.error("the database is away", cause=cause)
+
+    async def drain(self) -> None:
+        """Say from now on that nothing is serving."""
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _tell(self, serving: bool) -> None:
+        for name in self._names:
+            await self.servicer.set(name, _SERVING if serving else _NOT_SERVING)

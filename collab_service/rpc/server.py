@@ -1,0 +1,142 @@
+"""The gRPC server: what it listens on, what it offers, and the order in which it stops."""
+
+import asyncio
+import ipaddress
+from collections.abc import Callable
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from collab_service.config import Config
+from collab_service.log.background import BackgroundTasks
+from collab_service.log.service import LogService
+from collab_service.rpc.boundary import Boundary
+from collab_service.rpc.health import HealthMonitor
+from collab_service.rpc.servicer import Servicer
+from collab_service.v1 import collab_service_pb2 as pb
+
+_log = structlog.get_logger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["CollabService"]
+
+_MINUTE_MS = 60_000
+
+
+class AddressError(Exception):
+    """The address cannot be listened on; the message is a sentence that says why."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return the host and the port of `HOST:PORT`.
+
+    Raises:
+        AddressError: It is none.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise AddressError(f"{address!r} is no address; it looks like 127.0.0.1:50051 or [::1]:50051")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Server:
+    """One process's service: the log, gRPC in front of it, and health beside it."""
+
+    def __init__(self, config: Config, database_url: str, *, on_death: Callable[[], None]) -> None:
+        """Prepare; `start` opens the port.
+
+        Args:
+            config: The settings.
+            database_url: The database; its schema must be there.
+            on_death: Called when a part of the server has died, after which the process has to go.
+        """
+        self._config = config
+        self._service = LogService(config, database_url, on_death=on_death)
+        self._health = HealthMonitor(self._service.pulse(), ("", SERVICE.full_name))
+        self._tasks = BackgroundTasks(on_death)
+        self._boundary = Boundary()
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Open the port and return the address, with the port that was chosen where it was 0.
+
+        Raises:
+            AddressError: It cannot be listened on.
+        """
+        self._grpc = self._make_grpc_server()
+        self._service.start()
+        await self._health.beat()
+        self._tasks.spawn(self._health.run(), "health")
+        host, port = split_address(self._config.grpc_address)
+        written = f"[{host}]" if ":" in host else host
+        try:
+            bound = self._grpc.add_insecure_port(f"{written}:{port}")
+        except RuntimeError as error:
+            raise AddressError(
+                f"cannot listen on {self._config.grpc_address}: it is in use or not an address of this machine; "
+                "choose another with --grpc-address"
+            ) from error
+        await self._grpc.start()
+        return f"{written}:{bound}"
+
+    async def stop(self, grace: float) -> None:
+        """Stop so that nothing acknowledged is lost, and nothing in progress cut within `grace` seconds."""
+        # 1. Not ready: load balancers send nothing new.
+        await self._health.drain()
+        # 2. No new calls; those in progress finish.
+        if self._grpc is not None:
+            closing = asyncio.create_task(self._grpc.stop(grace), name="grpc-stop")
+            try:
+                async with asyncio.timeout(grace):
+                    await self._boundary.idle()
+            except TimeoutError:
+                _log.warning("calls were cut off at the end of the grace period", grace_seconds=grace)
+            # 3. Streams that only watch (health, reflection) need no grace.
+            await self._grpc.stop(0)
+            await closing
+        await self._tasks.cancel()
+        # 4. The sequencer writes what waits; then the pool closes.
+        await self._service.stop(grace)
+
+    def _make_grpc_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            options=[
+                # A port that another process listens on is an error, not something to share by accident.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self._config.limits.message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_metadata_size", 16 * 1024),
+                ("grpc.absolute_max_metadata_size", 32 * 1024),
+                ("grpc.max_concurrent_streams", 4_096),
+                # Load balancers drop connections that are silent for as little as a minute, and a client that has
+                # vanished says nothing. So the server pings after half a minute, and lets clients ping as often as
+                # every five seconds, also between calls.
+                ("grpc.keepalive_time_ms", _MINUTE_MS // 2),
+                ("grpc.keepalive_timeout_ms", _MINUTE_MS // 6),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        servicer = Servicer(self._service, self._config.limits)
+        handlers = {
+            method.name: self._boundary.handler(method, getattr(servicer, method.name)) for method in SERVICE.methods
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        names = (
+            SERVICE.full_name,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, server)
+        return server

@@ -1,0 +1,134 @@
+"""The RPCs. Each does four things: validate, convert, call, convert back."""
+
+import asyncio
+
+from collab_service.log.service import LogService
+from collab_service.model import Limits
+from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled
+from collab_service.rpc.boundary import Context, Unimplemented
+from collab_service.rpc.convert import event_message, page_message, session_message, timestamp
+from collab_service.rpc.validate import Check
+from collab_service.v1 import collab_service_pb2 as pb
+
+_STALLED = 60.0
+"""Seconds after which a reader that takes no message is ended."""
+
+
+class Servicer:
+    """`CollabService`, as the protos describe it."""
+
+    def __init__(self, service: LogService, limits: Limits) -> None:
+        self._service = service
+        self._limits = limits
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
+        """Create a session, or return the one that has the room."""
+        with Check(self._limits) as check:
+            language_id = self._language_id(check, request)
+            owner_id = self._owner_id(check, request)
+            room = check.text("room", request.room) if request.HasField("room") else None
+        session, created = await self._service.create_session(language_id=language_id, owner_id=owner_id, room=room)
+        return pb.CreateSessionResponse(session=session_message(session), created=created)
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
+        """Return a session."""
+        key = request.WhichOneof("key")
+        with Check(self._limits) as check:
+            if key is None:
+                check.wrong("session_id", "must be given, or room")
+            elif key == "room":
+                check.text("room", request.room)
+            else:
+                check.at_least(1, "session_id", request.session_id)
+        if key == "room":
+            session = await self._service.get_session_by_room(request.room)
+        else:
+            session = await self._service.get_session(request.session_id)
+        return pb.GetSessionResponse(session=session_message(session))
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
+        """Return a page of sessions."""
+        with Check(self._limits) as check:
+            language_id = self._language_id(check, request)
+            owner_id = self._owner_id(check, request)
+            page_size = check.page_size(request.page_size)
+        sessions, next_page_token = await self._service.list_sessions(
+            language_id=language_id, owner_id=owner_id, page_size=page_size, page_token=request.page_token
+        )
+        return pb.ListSessionsResponse(sessions=map(session_message, sessions), next_page_token=next_page_token)
+
+    async def TouchSession(self, request: pb.TouchSessionRequest, context: Context) -> pb.TouchSessionResponse:
+        """Move a session's activity to now."""
+        with Check(self._limits) as check:
+            check.at_least(1, "session_id", request.session_id)
+        return pb.TouchSessionResponse(session=session_message(await self._service.touch_session(request.session_id)))
+
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
+        """Delete a session."""
+        with Check(self._limits) as check:
+            check.at_least(1, "session_id", request.session_id)
+        await self._service.delete_session(request.session_id)
+        return pb.DeleteSessionResponse()
+
+    async def RemoveUser(self, request: pb.RemoveUserRequest, context: Context) -> pb.RemoveUserResponse:
+        """Release the sessions of a user."""
+        with Check(self._limits) as check:
+            check.text("user_id", request.user_id)
+        return pb.RemoveUserResponse(sessions_released=await self._service.remove_user(request.user_id))
+
+    async def AppendEvent(self, request: pb.AppendEventRequest, context: Context) -> pb.AppendEventResponse:
+        """Append one event."""
+        with Check(self._limits) as check:
+            if not request.HasField("event"):
+                check.wrong("event", "must be given; each of its fields may be absent")
+            event, size = check.event("event", request.event)
+            append = check.append(request.session_id, [event], size, _expected(request))
+        try:
+            appended = await self._service.append(append)
+        except IdempotencyKeyReused as error:
+            raise error.of_single_event() from error
+        return pb.AppendEventResponse(event=event_message(appended.events[0]), replayed=appended.replayed)
+
+    async def AppendEvents(self, request: pb.AppendEventsRequest, context: Context) -> pb.AppendEventsResponse:
+        """Append a batch."""
+        with Check(self._limits) as check:
+            events, size = check.batch(request.events)
+            append = check.append(request.session_id, events, size, _expected(request))
+        appended = await self._service.append(append)
+        return pb.AppendEventsResponse(
+            first_server_seq=appended.events[0].server_seq,
+            last_server_seq=appended.events[-1].server_seq,
+            create_time=timestamp(appended.events[0].created_at),
+            replayed=appended.replayed,
+        )
+
+    async def AppendStream(self, request: object, context: Context) -> None:
+        """Answer that it is not there yet."""
+        raise Unimplemented("AppendStream comes with a later version; use AppendEvents")
+
+    async def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> None:
+        """Send a session's events."""
+        with Check(self._limits) as check:
+            check.at_least(1, "session_id", request.session_id)
+            check.at_least(0, "since_server_seq", request.since_server_seq)
+            check.at_least(0, "limit", request.limit)
+            types = check.types(request.types)
+        if request.follow:
+            raise Unimplemented("follow comes with a later version; call again with since_server_seq")
+        pages = self._service.read(request.session_id, since=request.since_server_seq, limit=request.limit, types=types)
+        async for page in pages:
+            try:
+                async with asyncio.timeout(_STALLED):
+                    await context.write(page_message(page))
+            except TimeoutError:
+                raise ReaderStalled from None
+
+    def _language_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> int | None:
+        return check.at_least(1, "language_id", request.language_id) if request.HasField("language_id") else None
+
+    def _owner_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> str | None:
+        return check.text("owner_id", request.owner_id) if request.HasField("owner_id") else None
+
+
+def _expected(request: pb.AppendEventRequest | pb.AppendEventsRequest) -> int | None:
+    return request.expected_last_server_seq if request.HasField("expected_last_server_seq") else None

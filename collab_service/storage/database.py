@@ -1,0 +1,171 @@
+"""The connection to PostgreSQL: one engine, its pool, and how its sessions are set up."""
+
+import select
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+from sqlalchemy import event
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from collab_service.model.errors import DatabaseUnreachable, ReadOnlyServer
+from collab_service.storage.arrays import register_arrays
+from collab_service.storage.driver_errors import driver_errors
+
+DriverConnection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+_CONNECT_TIMEOUT = 5
+"""Seconds to wait for a server that does not answer."""
+
+# What the service relies on, whatever the server's or the role's defaults are. An acknowledgement promises a flush, so
+# `off` and `local` become `on`; stronger settings (`remote_apply`) stay. Appending reads the head in a statement after
+# the one that took the lock and needs a new snapshot there, so the isolation level must be READ COMMITTED.
+_SET_UP_SESSION = """
+SELECT set_config('TimeZone', 'UTC', false),
+       set_config('default_transaction_isolation', 'read committed', false),
+       set_config('statement_timeout', '60s', false),
+       set_config('idle_in_transaction_session_timeout', '30s', false),
+       set_config('synchronous_commit',
+                  CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
+                       ELSE current_setting('synchronous_commit') END, false)
+"""
+
+
+def libpq_url(url: str) -> str:
+    """Return a database URL as libpq wants it: SQLAlchemy's driver suffix is dropped, all else stays.
+
+    Everything that libpq takes works, several hosts and `target_session_attrs` included
+    (https://www.postgresql.org/docs/18/libpq-connect.html#LIBPQ-CONNSTRING).
+    """
+    for prefix in ("postgresql+psycopg://", "postgres://"):
+        if url.startswith(prefix):
+            return "postgresql://" + url.removeprefix(prefix)
+    return url
+
+
+def url_problem(url: str) -> str | None:
+    """Return what keeps `url` from being a PostgreSQL connection string, or None. Never repeats the URL."""
+    try:
+        psycopg.conninfo.conninfo_to_dict(libpq_url(url))
+    except psycopg.ProgrammingError:
+        return "is not a PostgreSQL URL; it looks like postgresql://user:password@host:5432/database"
+    return None
+
+
+class Database:
+    """A pool of connections to one PostgreSQL database.
+
+    Errors of the driver come out as `StorageUnavailable` and its kinds, an exhausted pool as `Overloaded`.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        """Prepare; connects when first used.
+
+        Args:
+            url: Anything that libpq takes, and SQLAlchemy's `postgresql+psycopg://`.
+            pool_size: Connections at most.
+        """
+        self._url = libpq_url(url)
+        self._engine = create_async_engine(
+            "postgresql+psycopg://",
+            async_creator=self.connect,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=10,
+        )
+        event.listen(self._engine.sync_engine, "checkout", _refuse_hung_up)
+
+    async def connect(self) -> DriverConnection:
+        """Open a connection outside the pool; the caller closes it."""
+        connection = await psycopg.AsyncConnection.connect(
+            self._url, autocommit=True, connect_timeout=_CONNECT_TIMEOUT, application_name="collab-service"
+        )
+        await connection.execute(_SET_UP_SESSION)
+        await connection.set_autocommit(False)
+        register_arrays(connection)
+        return connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction; commits at the end, rolls back when the block raises."""
+        with driver_errors():
+            async with self._engine.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def driver_connection(self, *, autocommit: bool = False) -> AsyncIterator[DriverConnection]:
+        """Lend a pooled psycopg connection, for the statements where SQLAlchemy's own cost counts.
+
+        What was not committed is rolled back; a broken connection does not go back to the pool.
+
+        Args:
+            autocommit: Each statement is a transaction, which saves single reads two round trips.
+        """
+        with driver_errors():
+            async with self._engine.connect() as connection:
+                driver: DriverConnection = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
+                try:
+                    if autocommit:
+                        await driver.set_autocommit(True)
+                    yield driver
+                finally:
+                    if driver.broken or driver.closed:
+                        await connection.invalidate()
+                    elif autocommit:
+                        await driver.set_autocommit(False)
+
+    async def dispose(self) -> None:
+        """Close the pool."""
+        await self._engine.dispose()
+
+
+class Pulse:
+    """A connection of its own that tells whether the database is there and takes writes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: DriverConnection | None = None
+
+    async def beat(self) -> None:
+        """Ask the database once.
+
+        Raises:
+            DatabaseUnreachable: It does not answer.
+            ReadOnlyServer: It is a standby or set to read only.
+        """
+        try:
+            with driver_errors():
+                if self._connection is None:
+                    self._connection = await self._database.connect()
+                    await self._connection.set_autocommit(True)
+                cursor = await self._connection.execute(
+                    "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean"
+                )
+                row = await cursor.fetchone()
+        except BaseException:
+            await self.close()
+            raise
+        if row is None:
+            raise DatabaseUnreachable
+        if row[0]:
+            await self.close()
+            raise ReadOnlyServer
+
+    async def close(self) -> None:
+        """Close the connection; the next beat opens another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+
+def _refuse_hung_up(adapted: Any, _record: Any, _proxy: Any) -> None:
+    """Keep a connection that the server has closed from being lent: an idle one is readable only then."""
+    driver = adapted.driver_connection
+    if driver.closed:
+        raise DisconnectionError
+    poll = select.poll()
+    poll.register(driver.fileno(), select.POLLIN)
+    if poll.poll(0):
+        raise DisconnectionError

@@ -1,0 +1,77 @@
+"""Translates what the driver raises into our own errors, in one place.
+
+SQLSTATE codes: https://www.postgresql.org/docs/18/errcodes-appendix.html
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from collab_service.model.errors import (
+    CollabError,
+    DatabaseUnreachable,
+    DiskFull,
+    LockTimeout,
+    Overloaded,
+    ReadOnlyServer,
+    StorageUnavailable,
+    TooManyConnections,
+    TransactionConflict,
+)
+
+_BY_SQLSTATE: dict[str, type[StorageUnavailable]] = {
+    "25006": ReadOnlyServer,  # read_only_sql_transaction
+    "40001": TransactionConflict,  # serialization_failure
+    "40P01": TransactionConflict,  # deadlock_detected
+    "53100": DiskFull,  # disk_full
+    "53300": TooManyConnections,  # too_many_connections
+    "55P03": LockTimeout,  # lock_not_available
+    "57014": LockTimeout,  # query_canceled, as by statement_timeout
+    "57P01": DatabaseUnreachable,  # admin_shutdown
+    "57P02": DatabaseUnreachable,  # crash_shutdown
+    "57P03": DatabaseUnreachable,  # cannot_connect_now
+    "57P04": DatabaseUnreachable,  # database_dropped
+    "57P05": DatabaseUnreachable,  # idle_session_timeout
+    "25P03": DatabaseUnreachable,  # idle_in_transaction_session_timeout
+}
+_BY_CLASS: dict[str, type[StorageUnavailable]] = {
+    "08": DatabaseUnreachable,  # connection exceptions
+    "28": DatabaseUnreachable,  # invalid authorization
+    "3D": DatabaseUnreachable,  # no such database
+    "53": StorageUnavailable,  # insufficient resources
+    "58": StorageUnavailable,  # system errors, such as I/O
+}
+
+
+def translate(error: BaseException) -> CollabError | None:
+    """Return our error for a driver's, or None when it is not the database's state but a fault of ours."""
+    if isinstance(error, PoolTimeout):
+        return Overloaded("every database connection of this server is busy")
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    if isinstance(error, OSError):
+        return DatabaseUnreachable()
+    if not isinstance(error, psycopg.Error):
+        return None
+    sqlstate = error.sqlstate
+    if sqlstate is None:
+        # No answer from a server: the connection could not be made, or is gone.
+        return DatabaseUnreachable() if isinstance(error, psycopg.OperationalError) else None
+    kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2])
+    return kind() if kind else None
+
+
+@contextmanager
+def driver_errors() -> Iterator[None]:
+    """Raise our own errors for the driver's, with the driver's as the cause."""
+    try:
+        yield
+    except CollabError:
+        raise
+    except Exception as error:
+        if (ours := translate(error)) is not None:
+            raise ours from error
+        raise

@@ -1,0 +1,96 @@
+"""The schema's version: bringing a database up to it, and telling whether one is."""
+
+from enum import Enum
+from pathlib import Path
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, pool, text
+
+import collab_service
+from collab_service.storage.database import libpq_url
+from collab_service.storage.driver_errors import driver_errors
+
+_MIGRATION_LOCK = 0x636F6C6C6162  # "collab" in ASCII: any number that is ours alone in this database
+
+
+class SchemaState(Enum):
+    """How a database's schema compares with what this version of the service needs."""
+
+    MISSING = "missing"
+    OLDER = "older"
+    CURRENT = "current"
+    NEWER = "newer"
+
+
+def migrate(url: str, *, target: str = "head") -> tuple[str | None, str | None]:
+    """Migrate the database to `target` and return the revisions before and after.
+
+    Safe when several processes start at once: an advisory lock lets one work, and the others then find nothing to do.
+
+    Raises:
+        StorageUnavailable: The database cannot be reached or takes no writes.
+    """
+    with driver_errors(), _connect(url) as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
+        connection.commit()
+        try:
+            before = _revision(connection)
+            script = _script()
+            known = {revision.revision for revision in script.walk_revisions()}
+            if target == "head" and before is not None and before not in known:
+                return before, before  # a newer version of the service has been here
+            move = command.downgrade if target == "base" else command.upgrade
+            with connection.begin():
+                move(_config(connection), target)
+            return before, _revision(connection)
+        finally:
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
+            connection.commit()
+
+
+def schema_state(url: str) -> SchemaState:
+    """Compare the database's schema with what this version needs.
+
+    Raises:
+        StorageUnavailable: The database cannot be reached.
+    """
+    with driver_errors(), _connect(url) as connection:
+        found = _revision(connection)
+    script = _script()
+    if found is None:
+        return SchemaState.MISSING
+    if found == script.get_current_head():
+        return SchemaState.CURRENT
+    known = {revision.revision for revision in script.walk_revisions()}
+    return SchemaState.OLDER if found in known else SchemaState.NEWER
+
+
+def _connect(url: str) -> Connection:
+    def creator() -> psycopg.Connection:
+        return psycopg.connect(libpq_url(url), connect_timeout=5, application_name="collab-migrate")
+
+    return create_engine("postgresql+psycopg://", creator=creator, poolclass=pool.NullPool).connect()
+
+
+def _revision(connection: Connection) -> str | None:
+    revision = MigrationContext.configure(connection).get_current_revision()
+    connection.rollback()
+    return revision
+
+
+def _config(connection: Connection | None = None) -> Config:
+    package = Path(collab_service.__file__).parent
+    # In a wheel the migrations lie inside the package, in the repository beside it.
+    inside = package / "migrations"
+    config = Config()
+    config.set_main_option("script_location", str(inside if inside.is_dir() else package.parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _script() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
