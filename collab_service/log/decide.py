@@ -23,7 +23,7 @@ class AppendRequest:
     payload_bytes: int
     expected_last_server_seq: int | None = None
 
-    def keys(self) -> Iterator[tuple[int, str]]:
+    def idempotency_keys(self) -> Iterator[tuple[int, str]]:
         """Yield the index and the idempotency key of each event that has one."""
         for index, event in enumerate(self.events):
             if event.idempotency_key is not None:
@@ -68,7 +68,7 @@ class SessionState:
             digests: The content digest of each of its events.
             now: The clock, in microseconds.
         """
-        known = [(index, self.known_keys[key]) for index, key in request.keys() if key in self.known_keys]
+        known = [(index, self.known_keys[key]) for index, key in request.idempotency_keys() if key in self.known_keys]
         if known:
             return self._replay(request, known)
         expected = request.expected_last_server_seq

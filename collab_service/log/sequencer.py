@@ -21,7 +21,8 @@ What fails:
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import psycopg
 import structlog
@@ -42,13 +43,14 @@ from collab_service.model.errors import (
     CollabError,
     CommitOutcomeUnknown,
     DatabaseUnreachable,
-    Overloaded,
     SessionNotFound,
     ShuttingDown,
     StorageUnavailable,
     TransactionConflict,
 )
-from collab_service.storage.database import Database, DriverConnection
+from collab_service.storage.database import Database
+from collab_service.storage.driver_errors import driver_errors
+from collab_service.storage.pipeline import PipelineConnection
 from collab_service.storage.repository import appending
 from collab_service.storage.repository.appending import Locked, NewRow
 from collab_service.storage.times import now_micros
@@ -107,11 +109,13 @@ class Sequencer:
         self._tasks = tasks
         self._on_stored = on_stored
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._closing = False
         self._expected = 1
         self._writing: set[Pending] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._idle_connections: list[PipelineConnection] = []
         self._held_slots = asyncio.Semaphore(_HELD_SESSIONS)
 
     async def append(self, request: AppendRequest) -> Appended:
@@ -129,7 +133,7 @@ class Sequencer:
         if self._closing:
             raise ShuttingDown
         size = request.payload_bytes + _EVENT_BYTES * len(request.events)
-        answer: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Appended] = self._loop.create_future()
         pending = Pending(request, digests_of(request.events), size, answer)
         self._queue.put(pending)
         try:
@@ -154,6 +158,8 @@ class Sequencer:
         await self._tasks.cancel()
         _fail(self._queue.take_all(), ShuttingDown())
         _fail(list(self._writing), CommitOutcomeUnknown())
+        for connection in self._idle_connections:
+            connection.close()
 
     async def _run(self) -> None:
         while True:
@@ -226,25 +232,47 @@ class Sequencer:
 
     async def _transact(self, batch: list[Pending], wait_seconds: float | None) -> None:
         """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list."""
-        async with self._database.driver_connection() as connection:
-            keys = [(p.request.session_id, key) for p in batch for _, key in p.request.keys()]
+        async with self._connection() as connection:
+            keys = [(p.request.session_id, key) for p in batch for _, key in p.request.idempotency_keys()]
             sessions = {pending.request.session_id for pending in batch}
             locked = await appending.lock_sessions(connection, sessions, keys, wait_seconds=wait_seconds)
             self._put_off(batch, locked.held)
             batch[:] = [pending for pending in batch if not pending.answer.done()]
             decided = await self._decide(connection, batch, locked)
             rows = all_rows([decision for _, decision in decided])
+            ids: Ids = {}
             if rows:
                 try:
-                    ids = await _insert_and_commit(connection, rows)
+                    ids = await appending.insert_and_commit(connection, rows)
                 except psycopg.Error as error:
-                    if _was_refused(error):
+                    if connection.usable:
                         raise
                     raise _InDoubt(rows, decided) from error
+                if connection.warnings:
+                    # The server committed here, but gave up waiting for a synchronous standby: a fail-over could still
+                    # lose the events, so nobody is told that they are stored.
+                    _log.error("a commit came with a warning", warning=connection.warnings[0])
+                    raise CommitOutcomeUnknown
             else:
-                ids = {}
-                await connection.rollback()
+                await connection.run(appending.ROLLBACK)
         self._answer(decided, rows, ids)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[PipelineConnection]:
+        """Lend a connection, opened when none is idle. After an error, whatever it has begun is rolled back."""
+        with driver_errors():
+            connection = self._idle_connections.pop() if self._idle_connections else None
+            if connection is None or not connection.usable:
+                connection = await PipelineConnection.open(self._database)
+            try:
+                yield connection
+            except BaseException:
+                if connection.usable:
+                    await connection.run(appending.ROLLBACK)
+                raise
+            finally:
+                if connection.usable:
+                    self._idle_connections.append(connection)
 
     def _put_off(self, batch: list[Pending], held: set[int]) -> None:
         """Let requests for sessions that somebody else holds wait apart."""
@@ -257,7 +285,7 @@ class Sequencer:
             self._tasks.spawn(self._write_held(session_id), f"append-to-held-session-{session_id}")
 
     async def _decide(
-        self, connection: DriverConnection, batch: Sequence[Pending], locked: Locked
+        self, connection: PipelineConnection, batch: Sequence[Pending], locked: Locked
     ) -> list[tuple[Pending, Decision]]:
         states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
         if locked.known_keys:
@@ -300,49 +328,16 @@ class Sequencer:
         pause = 0.05
         while any(not pending.answer.done() for pending, _ in doubt.decided) and time.monotonic() < deadline:
             try:
-                async with self._database.driver_connection() as connection:
+                async with self._connection() as connection:
                     return await _find_committed(connection, probes, doubt.rows)
-            except (StorageUnavailable, Overloaded):
+            except StorageUnavailable:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 1.0)
         raise CommitOutcomeUnknown
 
 
-async def _insert_and_commit(connection: DriverConnection, rows: Sequence[NewRow]) -> Ids:
-    """Insert and commit in one round trip.
-
-    A warning means that the server committed here but gave up waiting for a synchronous standby: a fail-over could
-    still lose the events, so nobody is told that they are stored.
-    """
-    warnings: list[str | None] = []
-
-    def note(diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.severity_nonlocalized == "WARNING":
-            warnings.append(diagnostic.message_primary)
-
-    connection.add_notice_handler(note)
-    try:
-        async with connection.pipeline():
-            insert = await appending.insert_events(connection, rows)
-            await connection.commit()
-    finally:
-        connection.remove_notice_handler(note)
-    if warnings:
-        _log.error("a commit came with a warning", warning=warnings[0])
-        raise CommitOutcomeUnknown
-    return await insert.ids()
-
-
-def _was_refused(error: psycopg.Error) -> bool:
-    """Tell whether the server itself said that a transaction failed.
-
-    Only an ERROR says so. A FATAL ends the connection and can come after the commit; no answer at all says nothing.
-    """
-    return isinstance(error, psycopg.errors.PipelineAborted) or error.diag.severity_nonlocalized == "ERROR"
-
-
 async def _read_replayed(
-    connection: DriverConnection, batch: Sequence[Pending], states: Mapping[int, SessionState]
+    connection: PipelineConnection, batch: Sequence[Pending], states: Mapping[int, SessionState]
 ) -> None:
     """Read the stored events that requests with a known key may be replays of."""
     ranges = []
@@ -350,7 +345,7 @@ async def _read_replayed(
         state = states.get(pending.request.session_id)
         if state is None:
             continue
-        known = [(i, state.known_keys[key]) for i, key in pending.request.keys() if key in state.known_keys]
+        known = [(i, state.known_keys[key]) for i, key in pending.request.idempotency_keys() if key in state.known_keys]
         if known:
             first = replay_start(known)
             ranges.append((state.session_id, first, first + len(pending.request.events) - 1))
@@ -359,7 +354,9 @@ async def _read_replayed(
             states[session_id].stored[server_seq] = event
 
 
-async def _find_committed(connection: DriverConnection, probes: Sequence[NewRow], rows: Sequence[NewRow]) -> Ids | None:
+async def _find_committed(
+    connection: PipelineConnection, probes: Sequence[NewRow], rows: Sequence[NewRow]
+) -> Ids | None:
     locked = await appending.lock_sessions(
         connection, [probe.session_id for probe in probes], [], wait_seconds=_LOCK_WAIT
     )
@@ -368,7 +365,7 @@ async def _find_committed(connection: DriverConnection, probes: Sequence[NewRow]
         raise CommitOutcomeUnknown
     # With the lock ours, the transaction in doubt has ended, and no other has taken its numbers since.
     stored = await appending.read_stored(connection, [(row.session_id, row.server_seq, row.server_seq) for row in rows])
-    await connection.rollback()
+    await connection.run(appending.ROLLBACK)
     found = stored.get((probe.session_id, probe.server_seq))
     if found is None or found.chain_hash != probe.chain_hash:
         return None

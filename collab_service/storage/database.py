@@ -11,13 +11,19 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from collab_service.model.errors import DatabaseUnreachable, ReadOnlyServer
-from collab_service.storage.arrays import register_arrays
+from collab_service.storage.binary import load_times_as_micros
 from collab_service.storage.driver_errors import driver_errors
 
 DriverConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-_CONNECT_TIMEOUT = 5
-"""Seconds to wait for a server that does not answer."""
+_LIVENESS = {
+    "connect_timeout": 5,  # seconds
+    # A server that vanishes without a word (its machine has died) is noticed within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds
+}
 
 # What the service relies on, whatever the server's or the role's defaults are. An acknowledgement promises a flush, so
 # `off` and `local` become `on`; stronger settings (`remote_apply`) stay. Appending reads the head in a statement after
@@ -80,11 +86,11 @@ class Database:
     async def connect(self) -> DriverConnection:
         """Open a connection outside the pool; the caller closes it."""
         connection = await psycopg.AsyncConnection.connect(
-            self._url, autocommit=True, connect_timeout=_CONNECT_TIMEOUT, application_name="collab-service"
+            self._url, autocommit=True, application_name="collab-service", **_LIVENESS
         )
         await connection.execute(_SET_UP_SESSION)
         await connection.set_autocommit(False)
-        register_arrays(connection)
+        load_times_as_micros(connection)
         return connection
 
     @asynccontextmanager

@@ -1,54 +1,89 @@
-"""The statements of an append transaction.
-
-They go to the driver directly and in pipeline mode, several to a round trip: on a fast disk it is the round trips and
-the cost per statement that an append consists of.
-"""
+"""The statements of an append transaction, sent in groups; see `collab_service.storage.pipeline` for why."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from psycopg import AsyncCursor
+from psycopg.pq.abc import PGresult
 
 from collab_service.model import Event, NewEvent
-from collab_service.storage.arrays import bytea_array, int8_array, text_array, timestamptz_array
-from collab_service.storage.database import DriverConnection
+from collab_service.storage.binary import (
+    BYTEA_ARRAY,
+    INT8_ARRAY,
+    TEXT,
+    TEXT_ARRAY,
+    TIMESTAMPTZ_ARRAY,
+    bytea_array,
+    int8_array,
+    read_int8,
+    read_timestamptz,
+    text_array,
+    timestamptz_array,
+)
+from collab_service.storage.pipeline import Command, PipelineConnection, Statement
 from collab_service.storage.repository.rows import CONTENT_COLUMNS, EVENT_COLUMNS, event_from_row
-from collab_service.storage.times import to_micros
 
-_LOCK = "SELECT id FROM collab_sessions WHERE id = ANY(%s) AND deleted_at IS NULL ORDER BY id FOR UPDATE"
-_LOCK_FREE = _LOCK + " SKIP LOCKED"
+BEGIN = Command(Statement(b"begin", b"BEGIN"))
+COMMIT = Command(Statement(b"commit", b"COMMIT"))
+ROLLBACK = Command(Statement(b"rollback", b"ROLLBACK"))
 
-_SET_LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %s, true)"
+_SET_LOCK_TIMEOUT = Statement(b"set_lock_timeout", b"SELECT set_config('lock_timeout', $1, true)", (TEXT,))
+
+_LOCK_SQL = b"SELECT id FROM collab_sessions WHERE id = ANY($1) AND deleted_at IS NULL ORDER BY id FOR UPDATE"
+_LOCK_WAITING = Statement(b"lock_waiting", _LOCK_SQL, (INT8_ARRAY,))
+_LOCK_FREE = Statement(b"lock_free", _LOCK_SQL + b" SKIP LOCKED", (INT8_ARRAY,))
 
 # The last event is the head. A session that exists but was not locked is held by somebody else.
-_HEADS = """
-SELECT s.id, head.server_seq, head.created_at, head.chain_hash
-FROM unnest(%s) AS given (id)
-JOIN collab_sessions s ON s.id = given.id AND s.deleted_at IS NULL
-LEFT JOIN LATERAL (
-    SELECT server_seq, created_at, chain_hash FROM collab_events
-    WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1
-) AS head ON true
-"""
+_HEADS = Statement(
+    b"heads",
+    b"""
+    SELECT s.id, head.server_seq, head.created_at, head.chain_hash
+    FROM unnest($1) AS given (id)
+    JOIN collab_sessions s ON s.id = given.id AND s.deleted_at IS NULL
+    LEFT JOIN LATERAL (
+        SELECT server_seq, created_at, chain_hash FROM collab_events
+        WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1
+    ) AS head ON true
+    """,
+    (INT8_ARRAY,),
+)
 
-_KNOWN_KEYS = """
-SELECT e.session_id, e.idempotency_key, e.server_seq
-FROM unnest(%s, %s) AS given (session_id, idempotency_key)
-JOIN collab_events e USING (session_id, idempotency_key)
-"""
+_KNOWN_KEYS = Statement(
+    b"known_keys",
+    b"""
+    SELECT e.session_id, e.idempotency_key, e.server_seq
+    FROM unnest($1, $2) AS given (session_id, idempotency_key)
+    JOIN collab_events e USING (session_id, idempotency_key)
+    """,
+    (INT8_ARRAY, TEXT_ARRAY),
+)
 
-_STORED = f"""
-SELECT {", ".join("e." + name for name in EVENT_COLUMNS.split(", "))}
-FROM unnest(%s, %s, %s) AS given (session_id, first, last)
-JOIN collab_events e ON e.session_id = given.session_id AND e.server_seq BETWEEN given.first AND given.last
-"""
+_STORED = Statement(
+    b"stored",
+    f"""
+    SELECT {", ".join("e." + name for name in EVENT_COLUMNS)}
+    FROM unnest($1, $2, $3) AS given (session_id, first, last)
+    JOIN collab_events e ON e.session_id = given.session_id AND e.server_seq BETWEEN given.first AND given.last
+    """.encode(),
+    (INT8_ARRAY, INT8_ARRAY, INT8_ARRAY),
+)
 
-_CONTENT_NAMES = ", ".join(name for name, *_ in CONTENT_COLUMNS)
-_INSERT = f"""
-INSERT INTO collab_events (session_id, server_seq, created_at, chain_hash, {_CONTENT_NAMES})
-SELECT * FROM unnest(%s, %s, %s, %s{", %s" * len(CONTENT_COLUMNS)})
-RETURNING session_id, server_seq, id
-"""
+_INSERT = Statement(
+    b"insert",
+    f"""
+    INSERT INTO collab_events
+        (session_id, server_seq, created_at, chain_hash, {", ".join(column.name for column in CONTENT_COLUMNS)})
+    SELECT * FROM unnest({", ".join(f"${n}" for n in range(1, 5 + len(CONTENT_COLUMNS)))})
+    RETURNING session_id, server_seq, id
+    """.encode(),
+    (INT8_ARRAY, INT8_ARRAY, TIMESTAMPTZ_ARRAY, BYTEA_ARRAY, *(column.array_type for column in CONTENT_COLUMNS)),
+)
+
+_READERS = tuple(
+    {"created_at": read_timestamptz, "chain_hash": bytes, "payload_binary": bytes, "signature": bytes}.get(
+        name, read_int8 if name in ("id", "session_id", "server_seq", "client_seq") else bytes.decode
+    )
+    for name in EVENT_COLUMNS
+)
 
 
 @dataclass(slots=True)
@@ -73,8 +108,19 @@ class Locked:
     """The numbers of the events that carry one of the given idempotency keys, by session and key."""
 
 
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """An event with the numbers that it is to be stored with."""
+
+    session_id: int
+    server_seq: int
+    created_at: int
+    chain_hash: bytes
+    content: NewEvent
+
+
 async def lock_sessions(
-    connection: DriverConnection,
+    connection: PipelineConnection,
     session_ids: Iterable[int],
     keys: Sequence[tuple[int, str]],
     *,
@@ -92,85 +138,73 @@ async def lock_sessions(
         psycopg.errors.LockNotAvailable: A row was held for longer than `wait_seconds`.
     """
     ids = int8_array(session_ids)
-    lock, heads, known = (connection.cursor(binary=True) for _ in range(3))
-    async with connection.pipeline():
-        if wait_seconds is None:
-            await lock.execute(_LOCK_FREE, (ids,), prepare=True)
-        else:
-            await connection.execute(_SET_LOCK_TIMEOUT, (f"{int(wait_seconds * 1000)}ms",))
-            await lock.execute(_LOCK, (ids,), prepare=True)
-        # A statement of its own, so that its snapshot is taken when the locks are ours: in one statement with them it
-        # would not see what the previous holder wrote.
-        await heads.execute(_HEADS, (ids,), prepare=True)
-        if keys:
-            parameters = (int8_array(session for session, _ in keys), text_array(key for _, key in keys))
-            await known.execute(_KNOWN_KEYS, parameters, prepare=True)
-    ours = {session_id for (session_id,) in await lock.fetchall()}
+    # The heads are read in a statement of their own, whose snapshot is taken when the locks are ours: in one statement
+    # with them it would not see what the previous holder wrote.
+    commands = [Command(_LOCK_FREE if wait_seconds is None else _LOCK_WAITING, [ids]), Command(_HEADS, [ids])]
+    if keys:
+        commands.append(Command(_KNOWN_KEYS, [int8_array(s for s, _ in keys), text_array(key for _, key in keys)]))
+    if wait_seconds is None:
+        _, *results = await connection.run(BEGIN, *commands)
+    else:
+        timeout = Command(_SET_LOCK_TIMEOUT, [b"%dms" % int(wait_seconds * 1000)])
+        _, _, *results = await connection.run(BEGIN, timeout, *commands)
+    lock, heads, *known = results
+
+    ours = {read_int8(_value(lock, row, 0)) for row in range(lock.ntuples)}
     locked = Locked()
-    for session_id, server_seq, created_at, chain_hash in await heads.fetchall():
+    for row in range(heads.ntuples):
+        session_id = read_int8(_value(heads, row, 0))
         if session_id not in ours:
             locked.held.add(session_id)
-        elif server_seq is None:
+        elif heads.get_value(row, 1) is None:
             locked.heads[session_id] = Head()
         else:
-            locked.heads[session_id] = Head(server_seq, to_micros(created_at), chain_hash)
-    if keys:
-        locked.known_keys = {(session_id, key): seq for session_id, key, seq in await known.fetchall()}
+            locked.heads[session_id] = Head(
+                read_int8(_value(heads, row, 1)), read_timestamptz(_value(heads, row, 2)), _value(heads, row, 3)
+            )
+    for result in known:
+        for row in range(result.ntuples):
+            place = read_int8(_value(result, row, 0)), _value(result, row, 1).decode()
+            locked.known_keys[place] = read_int8(_value(result, row, 2))
     return locked
 
 
 async def read_stored(
-    connection: DriverConnection, ranges: Sequence[tuple[int, int, int]]
+    connection: PipelineConnection, ranges: Sequence[tuple[int, int, int]]
 ) -> dict[tuple[int, int], Event]:
     """Return events by session and number, for ranges (session, first, last) of numbers, ends included."""
-    cursor = connection.cursor(binary=True)
     columns = zip(*ranges, strict=True)
-    await cursor.execute(_STORED, tuple(int8_array(column) for column in columns), prepare=True)
-    events = (event_from_row(row) for row in await cursor.fetchall())
-    return {(event.session_id, event.server_seq): event for event in events}
+    (result,) = await connection.run(Command(_STORED, [int8_array(column) for column in columns]))
+    stored = {}
+    for row in range(result.ntuples):
+        values = (result.get_value(row, column) for column in range(len(_READERS)))
+        event = event_from_row([v and read(v) for read, v in zip(_READERS, values, strict=True)])
+        stored[event.session_id, event.server_seq] = event
+    return stored
 
 
-@dataclass(frozen=True, slots=True)
-class NewRow:
-    """An event with the numbers that it is to be stored with."""
+async def insert_and_commit(connection: PipelineConnection, rows: Sequence[NewRow]) -> dict[tuple[int, int], int]:
+    """Insert events and commit, in one round trip; return their ids by session and number.
 
-    session_id: int
-    server_seq: int
-    created_at: int
-    chain_hash: bytes
-    content: NewEvent
-
-
-class Insert:
-    """An insert on its way; its ids are there once the pipeline has been read."""
-
-    def __init__(self, cursor: AsyncCursor[tuple[int, int, int]]) -> None:
-        self._cursor = cursor
-
-    async def ids(self) -> dict[tuple[int, int], int]:
-        """Return the ids of the new events, by session and number."""
-        return {(session_id, seq): event_id for session_id, seq, event_id in await self._cursor.fetchall()}
-
-
-async def insert_events(connection: DriverConnection, rows: Sequence[NewRow]) -> Insert:
-    """Insert events. Call it within `connection.pipeline()`, so that the commit travels with it."""
+    Raises:
+        psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
+    """
     contents = [row.content for row in rows]
-    parameters = (
+    parameters = [
         int8_array(row.session_id for row in rows),
         int8_array(row.server_seq for row in rows),
         timestamptz_array(row.created_at for row in rows),
         bytea_array(row.chain_hash for row in rows),
-        *(pack(map(value, contents)) for _, pack, value in CONTENT_COLUMNS),
-    )
-    cursor = connection.cursor(binary=True)
-    await cursor.execute(_INSERT, parameters, prepare=True)
-    return Insert(cursor)
+        *(column.pack(map(column.value, contents)) for column in CONTENT_COLUMNS),
+    ]
+    inserted, _ = await connection.run(Command(_INSERT, parameters), COMMIT)
+    return {
+        (read_int8(_value(inserted, row, 0)), read_int8(_value(inserted, row, 1))): read_int8(_value(inserted, row, 2))
+        for row in range(inserted.ntuples)
+    }
 
 
-async def read_ids(connection: DriverConnection, session_id: int, first: int, last: int) -> dict[tuple[int, int], int]:
-    """Return the ids of stored events, by session and number."""
-    cursor = await connection.execute(
-        "SELECT server_seq, id FROM collab_events WHERE session_id = %s AND server_seq BETWEEN %s AND %s",
-        (session_id, first, last),
-    )
-    return {(session_id, seq): event_id for seq, event_id in await cursor.fetchall()}
+def _value(result: PGresult, row: int, column: int) -> bytes:
+    value = result.get_value(row, column)
+    assert value is not None
+    return value

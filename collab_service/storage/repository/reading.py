@@ -27,8 +27,8 @@ WHERE (total <= %(max_bytes)s OR total = size)
   AND EXISTS (SELECT 1 FROM collab_sessions WHERE id = %(session_id)s AND deleted_at IS NULL)
 ORDER BY server_seq
 """
-_PAGE_OF_ALL = _PAGE.format(columns=EVENT_COLUMNS, types="")
-_PAGE_OF_TYPES = _PAGE.format(columns=EVENT_COLUMNS, types="AND type = ANY(%(types)s)")
+_PAGE_OF_ALL = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="")
+_PAGE_OF_TYPES = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="AND type = ANY(%(types)s)")
 
 
 async def read_head(connection: DriverConnection, session_id: int) -> int | None:
@@ -36,7 +36,7 @@ async def read_head(connection: DriverConnection, session_id: int) -> int | None
     cursor = connection.cursor(binary=True)
     await cursor.execute(_HEAD, (session_id,), prepare=True)
     row = await cursor.fetchone()
-    return row and row[0]
+    return None if row is None else row[0]
 
 
 async def read_page(

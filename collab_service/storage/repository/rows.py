@@ -1,48 +1,50 @@
 """Event rows: which columns there are, how each is packed for an insert, and how a row becomes an `Event`."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from collab_service.model import Event, NewEvent
-from collab_service.storage.arrays import PackedArray, bytea_array, int8_array, text_array
-from collab_service.storage.times import to_micros
+from collab_service.storage import binary
 
-# The columns that an author gives, each with how it is packed and where its value comes from.
-_Column = tuple[str, Callable[[Iterable[Any]], PackedArray], Callable[[NewEvent], Any]]
-CONTENT_COLUMNS: tuple[_Column, ...] = (
-    ("actor_id", text_array, lambda event: event.actor_id),
-    ("client_seq", int8_array, lambda event: event.client_seq),
-    ("type", text_array, lambda event: event.type),
-    ("payload_json", text_array, lambda event: event.payload if type(event.payload) is str else None),
-    ("payload_binary", bytea_array, lambda event: None if type(event.payload) is str else event.payload),
-    ("hash", text_array, lambda event: event.hash),
-    ("signature", bytea_array, lambda event: event.signature or None),
-    ("idempotency_key", text_array, lambda event: event.idempotency_key),
+
+class ContentColumn(NamedTuple):
+    """A column that the author gives."""
+
+    name: str
+    array_type: int
+    pack: Callable[[Iterable[Any]], bytes]
+    value: Callable[[NewEvent], Any]
+
+
+def _text(name: str, value: Callable[[NewEvent], str | None]) -> ContentColumn:
+    return ContentColumn(name, binary.TEXT_ARRAY, binary.text_array, value)
+
+
+def _bytea(name: str, value: Callable[[NewEvent], bytes | None]) -> ContentColumn:
+    return ContentColumn(name, binary.BYTEA_ARRAY, binary.bytea_array, value)
+
+
+CONTENT_COLUMNS = (
+    _text("actor_id", lambda event: event.actor_id),
+    ContentColumn("client_seq", binary.INT8_ARRAY, binary.int8_array, lambda event: event.client_seq),
+    _text("type", lambda event: event.type),
+    _text("payload_json", lambda event: event.payload if isinstance(event.payload, str) else None),
+    _bytea("payload_binary", lambda event: event.payload if isinstance(event.payload, bytes) else None),
+    _text("hash", lambda event: event.hash),
+    _bytea("signature", lambda event: event.signature or None),
+    _text("idempotency_key", lambda event: event.idempotency_key),
 )
 
-EVENT_COLUMNS = "id, session_id, server_seq, created_at, chain_hash, " + ", ".join(name for name, *_ in CONTENT_COLUMNS)
+EVENT_COLUMNS = ("id", "session_id", "server_seq", "created_at", "chain_hash", *(c.name for c in CONTENT_COLUMNS))
 """What `event_from_row` expects, in its order."""
 
 
 def event_from_row(row: Sequence[Any]) -> Event:
-    """Return the event of a row with `EVENT_COLUMNS`."""
+    """Return the event of a row of `EVENT_COLUMNS`, its time in microseconds."""
     (
         event_id, session_id, server_seq, created_at, chain_hash,
-        actor_id, client_seq, event_type, json, binary, hash_, signature, idempotency_key,
+        actor_id, client_seq, event_type, json, opaque, hash_, signature, idempotency_key,
     ) = row  # fmt: skip
-    return Event(
-        event_id,
-        session_id,
-        server_seq,
-        to_micros(created_at),
-        chain_hash,
-        NewEvent(
-            actor_id,
-            client_seq,
-            event_type,
-            binary if json is None else json,
-            hash_,
-            signature or b"",
-            idempotency_key,
-        ),
-    )
+    payload = opaque if json is None else json
+    content = NewEvent(actor_id, client_seq, event_type, payload, hash_, signature or b"", idempotency_key)
+    return Event(event_id, session_id, server_seq, created_at, chain_hash, content)

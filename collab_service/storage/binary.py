@@ -1,0 +1,75 @@
+"""PostgreSQL's binary format, for the statements where every microsecond counts.
+
+Columns of values travel as arrays, which `unnest` turns into rows: one statement for any number of rows, prepared once,
+at about a third of what an ORM's or the driver's row-by-row adaptation costs. An array is a header of five 32-bit
+integers (dimensions, has-nulls flag, element OID, length, lower bound), then each element's length and bytes, the length
+-1 being a NULL (`array_recv` in PostgreSQL's src/backend/utils/adt/arrayfuncs.c). Integers are big-endian; a timestamptz
+is the microseconds since 2000.
+"""
+
+from collections.abc import Iterable, Sequence
+from struct import Struct
+from typing import Any
+
+import psycopg
+from psycopg.adapt import Buffer, Loader
+from psycopg.pq import Format
+
+# OIDs, from src/include/catalog/pg_type.dat.
+TEXT = 25
+_INT8, _BYTEA, _TIMESTAMPTZ = 20, 17, 1184
+INT8_ARRAY, TEXT_ARRAY, BYTEA_ARRAY, TIMESTAMPTZ_ARRAY = 1016, 1009, 1001, 1185
+
+_NULL = b"\xff\xff\xff\xff"
+_POSTGRES_EPOCH = 946_684_800_000_000
+
+_header = Struct(">iiIii").pack
+_length = Struct(">i").pack
+_int8 = Struct(">iq").pack
+
+
+def _array(element: int, elements: Sequence[bytes]) -> bytes:
+    return _header(1, 1, element, len(elements), 1) + b"".join(elements)
+
+
+def int8_array(values: Iterable[int | None]) -> bytes:
+    """Pack an `int8[]`."""
+    return _array(_INT8, [_NULL if value is None else _int8(8, value) for value in values])
+
+
+def timestamptz_array(micros: Iterable[int]) -> bytes:
+    """Pack a `timestamptz[]` from microseconds of the Unix epoch."""
+    return _array(_TIMESTAMPTZ, [_int8(8, value - _POSTGRES_EPOCH) for value in micros])
+
+
+def bytea_array(values: Iterable[bytes | None]) -> bytes:
+    """Pack a `bytea[]`."""
+    return _array(_BYTEA, [_NULL if value is None else _length(len(value)) + value for value in values])
+
+
+def text_array(values: Iterable[str | None]) -> bytes:
+    """Pack a `text[]`."""
+    encoded = (None if value is None else value.encode() for value in values)
+    return _array(TEXT, [_NULL if value is None else _length(len(value)) + value for value in encoded])
+
+
+def read_int8(value: bytes) -> int:
+    """Unpack an `int8`."""
+    return int.from_bytes(value, signed=True)
+
+
+def read_timestamptz(value: Buffer) -> int:
+    """Unpack a `timestamptz` to microseconds of the Unix epoch."""
+    return int.from_bytes(value, signed=True) + _POSTGRES_EPOCH
+
+
+class _TimestamptzLoader(Loader):
+    format = Format.BINARY
+
+    def load(self, data: Buffer) -> int:
+        return read_timestamptz(data)
+
+
+def load_times_as_micros(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Make binary cursors of a connection return microseconds for `timestamptz`."""
+    connection.adapters.register_loader(_TIMESTAMPTZ, _TimestamptzLoader)
