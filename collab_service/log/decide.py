@@ -5,17 +5,16 @@ other: the second one's numbers follow the first one's, and a key that the first
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+
+from msgspec import Struct, field
 
 from collab_service.model import Event, NewEvent
-from collab_service.model.chain import chain_next, chain_start, content_digest
+from collab_service.model.chain import chain_next, chain_start
 from collab_service.model.errors import CollabError, IdempotencyKeyReused, ServerSeqConflict
-from collab_service.storage.repository.appending import Head, NewRow
+from collab_service.storage.repository.appending import Head
 
 
-@dataclass(frozen=True, slots=True)
-class AppendRequest:
+class AppendRequest(Struct, frozen=True):
     """Events to append to one session, all or nothing, as neighbours."""
 
     session_id: int
@@ -30,25 +29,17 @@ class AppendRequest:
                 yield index, event.idempotency_key
 
 
-@dataclass(slots=True)
-class Accepted:
-    """Rows that will be stored when the transaction commits."""
+class Appended(Struct, frozen=True):
+    """What an append answers, once the transaction is committed."""
 
-    rows: list[NewRow]
-
-
-@dataclass(slots=True)
-class Replay:
-    """Events that are stored already, or will be by an earlier request of the same transaction."""
-
-    rows: list[Event | NewRow]
+    events: list[Event]
+    replayed: bool
 
 
-Decision = Accepted | Replay | CollabError
+Decision = Appended | CollabError
 
 
-@dataclass(slots=True)
-class SessionState:
+class SessionState(Struct):
     """A locked session: its end as it was found, what was read of it, and what this transaction adds."""
 
     session_id: int
@@ -57,63 +48,63 @@ class SessionState:
     """The numbers of stored events by idempotency key, for all keys that this transaction's requests carry."""
     stored: dict[int, Event] = field(default_factory=dict)
     """The stored events that those requests might be replays of, by number."""
-    planned: dict[int, NewRow] = field(default_factory=dict)
-    """What this transaction adds, by number."""
+    added: list[Event] = field(default_factory=list)
+    """What this transaction adds, in order."""
 
-    def decide(self, request: AppendRequest, digests: Sequence[bytes], now: int) -> Decision:
-        """Decide on a request, and take its rows into account for those that come after it.
+    def decide(self, request: AppendRequest, digests: Sequence[bytes], now: int, ids: Iterator[int]) -> Decision:
+        """Decide on a request, and take its events into account for those that come after it.
 
         Args:
             request: What is asked.
             digests: The content digest of each of its events.
             now: The clock, in microseconds.
+            ids: Yields an unused id for each new event.
         """
-        known = [(index, self.known_keys[key]) for index, key in request.idempotency_keys() if key in self.known_keys]
-        if known:
-            return self._replay(request, known)
+        if self.known_keys:
+            known = self.known_places(request)
+            if known:
+                return self._replay(request, known)
         expected = request.expected_last_server_seq
         if expected is not None and expected != self.head.last_server_seq:
             return ServerSeqConflict(expected, self.head.last_server_seq)
-        return self._accept(request, digests, now)
+        return self._accept(request, digests, now, ids)
+
+    def known_places(self, request: AppendRequest) -> list[tuple[int, int]]:
+        """Return the (index, number) of each event of a request whose key is stored."""
+        known = self.known_keys
+        return [(index, known[key]) for index, key in request.idempotency_keys() if key in known]
 
     def _replay(self, request: AppendRequest, known: list[tuple[int, int]]) -> Decision:
         first = replay_start(known)
-        numbers = range(first, first + len(request.events))
-        rows = [row for number in numbers if (row := self.planned.get(number) or self.stored.get(number))]
-        if [row.content for row in rows] == list(request.events):
-            return Replay(rows)
+        events = [event for i in range(len(request.events)) if (event := self._event_at(first + i)) is not None]
+        if [event.content for event in events] == list(request.events):
+            return Appended(events, replayed=True)
         return IdempotencyKeyReused(index for index, _ in known)
 
-    def _accept(self, request: AppendRequest, digests: Sequence[bytes], now: int) -> Accepted:
-        head = self.head
-        session_id, seq = self.session_id, head.last_server_seq
-        previous = head.chain_hash or chain_start(session_id)
+    def _event_at(self, server_seq: int) -> Event | None:
+        if self.added and server_seq >= self.added[0].server_seq:
+            place = server_seq - self.added[0].server_seq
+            return self.added[place] if place < len(self.added) else None
+        return self.stored.get(server_seq)
+
+    def _accept(self, request: AppendRequest, digests: Sequence[bytes], now: int, ids: Iterator[int]) -> Appended:
+        session_id, head = self.session_id, self.head
+        seq = head.last_server_seq
+        chain_hash = head.chain_hash or chain_start(session_id)
         time = max(now, head.created_at)
-        rows = []
-        for event, digest in zip(request.events, digests, strict=True):
+        events = []
+        for content, digest in zip(request.events, digests, strict=True):
             seq += 1
-            previous = chain_next(previous, session_id, seq, time, digest)
-            rows.append(NewRow(session_id, seq, time, previous, event))
-        self.head = Head(seq, time, previous)
-        for row in rows:
-            if row.content.idempotency_key is not None:
-                self.known_keys[row.content.idempotency_key] = row.server_seq
-        # Kept by number only for keys that come again, which is rare; a dict keeps it simple.
-        self.planned.update((row.server_seq, row) for row in rows)
-        return Accepted(rows)
+            chain_hash = chain_next(chain_hash, session_id, seq, time, digest)
+            events.append(Event(next(ids), session_id, seq, time, chain_hash, content))
+            if content.idempotency_key is not None:
+                self.known_keys[content.idempotency_key] = seq
+        self.head = Head(seq, time, chain_hash)
+        self.added += events
+        return Appended(events, replayed=False)
 
 
 def replay_start(known: Sequence[tuple[int, int]]) -> int:
     """Return the number that a batch's first event has, if the batch is a replay, from its (index, number) pairs."""
     index, number = known[0]
     return number - index
-
-
-def digests_of(events: Sequence[NewEvent]) -> list[bytes]:
-    """Return the content digest of each event."""
-    return list(map(content_digest, events))
-
-
-def all_rows(decisions: Sequence[Decision]) -> list[NewRow]:
-    """Return the rows to insert, in order."""
-    return list(chain.from_iterable(d.rows for d in decisions if isinstance(d, Accepted)))

@@ -28,17 +28,10 @@ import psycopg
 import structlog
 
 from collab_service.log.background import BackgroundTasks
-from collab_service.log.decide import (
-    AppendRequest,
-    Decision,
-    Replay,
-    SessionState,
-    all_rows,
-    digests_of,
-    replay_start,
-)
-from collab_service.log.queue import Appended, AppendQueue, Pending
+from collab_service.log.decide import Appended, AppendRequest, Decision, SessionState, replay_start
+from collab_service.log.queue import AppendQueue, Pending
 from collab_service.model import Event, QueueLimits
+from collab_service.model.chain import content_digest
 from collab_service.model.errors import (
     CollabError,
     CommitOutcomeUnknown,
@@ -52,7 +45,6 @@ from collab_service.storage.database import Database
 from collab_service.storage.driver_errors import driver_errors
 from collab_service.storage.pipeline import PipelineConnection
 from collab_service.storage.repository import appending
-from collab_service.storage.repository.appending import Locked, NewRow
 from collab_service.storage.times import now_micros
 
 _log = structlog.get_logger(__name__)
@@ -72,15 +64,15 @@ _GATHER = 0.003
 _RESOLVE = 30.0
 """Seconds to try to find out what became of a commit."""
 
-Ids = Mapping[tuple[int, int], int]
+Decisions = Sequence[tuple[Pending, Decision]]
 
 
 class _InDoubt(Exception):
     """The connection was lost between sending a commit and reading its answer."""
 
-    def __init__(self, rows: Sequence[NewRow], decided: Sequence[tuple[Pending, Decision]]) -> None:
-        self.rows = rows
-        self.decided = decided
+    def __init__(self, events: Sequence[Event], decisions: Decisions) -> None:
+        self.events = events
+        self.decisions = decisions
 
 
 class Sequencer:
@@ -113,8 +105,7 @@ class Sequencer:
         self._closing = False
         self._expected = 1
         self._writing: set[Pending] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._wrote = asyncio.Event()
         self._idle_connections: list[PipelineConnection] = []
         self._held_slots = asyncio.Semaphore(_HELD_SESSIONS)
 
@@ -133,13 +124,17 @@ class Sequencer:
         if self._closing:
             raise ShuttingDown
         size = request.payload_bytes + _EVENT_BYTES * len(request.events)
-        answer: asyncio.Future[Appended] = self._loop.create_future()
-        pending = Pending(request, digests_of(request.events), size, answer)
+        answer: asyncio.Future[Decision] = self._loop.create_future()
+        pending = Pending(request, list(map(content_digest, request.events)), size, answer)
         self._queue.put(pending)
         try:
-            return await pending.answer
-        finally:
-            self._queue.remove(pending)  # when the caller has left before it was taken
+            decision = await answer
+        except asyncio.CancelledError:
+            self._queue.remove(pending)
+            raise
+        if isinstance(decision, Appended):
+            return decision
+        raise decision
 
     def start(self) -> None:
         """Begin to write."""
@@ -151,13 +146,14 @@ class Sequencer:
         try:
             async with asyncio.timeout(grace):
                 while self._writing or len(self._queue):
-                    self._idle.clear()
-                    await self._idle.wait()
+                    self._wrote.clear()
+                    await self._wrote.wait()
         except TimeoutError:
             _log.warning("appends were cut off", waiting=len(self._queue), writing=len(self._writing))
+        in_doubt = list(self._writing)
         await self._tasks.cancel()
         _fail(self._queue.take_all(), ShuttingDown())
-        _fail(list(self._writing), CommitOutcomeUnknown())
+        _fail(in_doubt, CommitOutcomeUnknown())
         for connection in self._idle_connections:
             connection.close()
 
@@ -199,19 +195,20 @@ class Sequencer:
         mine = list(batch)
         self._writing.update(mine)
         try:
-            await self._write_with_retries(batch, wait_seconds)
+            if batch:
+                await self._write_with_retries(batch, wait_seconds)
         except CollabError as error:
             _fail(batch, error)
         except Exception as error:
             if len(batch) == 1:
                 _fail(batch, error)
             else:
-                _log.warning("append transaction failed, its requests are tried one by one", cause=repr(error))
+                _log.warning("an append transaction failed, its requests are tried one by one", cause=repr(error))
                 for pending in batch:
                     await self._write([pending], wait_seconds=wait_seconds)
         finally:
             self._writing.difference_update(mine)
-            self._idle.set()
+            self._wrote.set()
 
     async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -219,9 +216,8 @@ class Sequencer:
                 await self._transact(batch, wait_seconds)
                 return
             except _InDoubt as doubt:
-                ids = await self._resolve(doubt)
-                if ids is not None:
-                    self._answer(doubt.decided, doubt.rows, ids)
+                if await self._took_place(doubt):
+                    self._answer(doubt.decisions, doubt.events)
                     return
                 _log.info("the commit in doubt did not take place")
             except (TransactionConflict, DatabaseUnreachable) as error:
@@ -233,29 +229,92 @@ class Sequencer:
     async def _transact(self, batch: list[Pending], wait_seconds: float | None) -> None:
         """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list."""
         async with self._connection() as connection:
-            keys = [(p.request.session_id, key) for p in batch for _, key in p.request.idempotency_keys()]
-            sessions = {pending.request.session_id for pending in batch}
-            locked = await appending.lock_sessions(connection, sessions, keys, wait_seconds=wait_seconds)
+            locked = await appending.lock_sessions(
+                connection,
+                {pending.request.session_id for pending in batch},
+                [(p.request.session_id, key) for p in batch for _, key in p.request.idempotency_keys()],
+                new_ids=sum(len(pending.request.events) for pending in batch),
+                wait_seconds=wait_seconds,
+            )
             self._put_off(batch, locked.held)
             batch[:] = [pending for pending in batch if not pending.answer.done()]
-            decided = await self._decide(connection, batch, locked)
-            rows = all_rows([decision for _, decision in decided])
-            ids: Ids = {}
-            if rows:
-                try:
-                    ids = await appending.insert_and_commit(connection, rows)
-                except psycopg.Error as error:
-                    if connection.usable:
-                        raise
-                    raise _InDoubt(rows, decided) from error
-                if connection.warnings:
-                    # The server committed here, but gave up waiting for a synchronous standby: a fail-over could still
-                    # lose the events, so nobody is told that they are stored.
-                    _log.error("a commit came with a warning", warning=connection.warnings[0])
-                    raise CommitOutcomeUnknown
+            decisions, events = await self._decide(connection, batch, locked)
+            if events:
+                await self._commit(connection, events, decisions)
             else:
                 await connection.run(appending.ROLLBACK)
-        self._answer(decided, rows, ids)
+        self._answer(decisions, events)
+
+    def _put_off(self, batch: list[Pending], held: set[int]) -> None:
+        """Let requests for sessions that somebody else holds wait apart."""
+        if not held:
+            return
+        self._queue.put_back([pending for pending in batch if pending.request.session_id in held])
+        batch[:] = [pending for pending in batch if pending.request.session_id not in held]
+        for session_id in held:
+            self._queue.hold(session_id)
+            self._tasks.spawn(self._write_held(session_id), f"append-to-held-session-{session_id}")
+
+    async def _decide(
+        self, connection: PipelineConnection, batch: Sequence[Pending], locked: appending.Locked
+    ) -> tuple[Decisions, list[Event]]:
+        """Decide on each request; return the decisions and the events to store."""
+        states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
+        if locked.known_keys:
+            for (session_id, key), server_seq in locked.known_keys.items():
+                if session_id in states:
+                    states[session_id].known_keys[key] = server_seq
+            await _read_replayed(connection, batch, states)
+        now, ids = self._clock(), iter(locked.ids)
+        decisions: list[tuple[Pending, Decision]] = []
+        for pending in batch:
+            request = pending.request
+            state = states.get(request.session_id)
+            if state is None:
+                decisions.append((pending, SessionNotFound(session_id=request.session_id)))
+            else:
+                decisions.append((pending, state.decide(request, pending.digests, now, ids)))
+        return decisions, [event for state in states.values() for event in state.added]
+
+    async def _commit(self, connection: PipelineConnection, events: Sequence[Event], decisions: Decisions) -> None:
+        try:
+            await appending.insert_and_commit(connection, events)
+        except psycopg.Error as error:
+            if connection.usable:
+                raise  # the server said that it failed
+            raise _InDoubt(events, decisions) from error
+        if connection.warnings:
+            # The server committed here, but gave up waiting for a synchronous standby: a fail-over could still lose the
+            # events, so nobody is told that they are stored.
+            _log.error("a commit came with a warning", warning=connection.warnings[0])
+            raise CommitOutcomeUnknown
+
+    def _answer(self, decisions: Decisions, stored: Sequence[Event]) -> None:
+        """Tell everybody what became of their request; the transaction is committed."""
+        if stored:
+            self._on_stored(stored)
+        for pending, decision in decisions:
+            if not pending.answer.done():
+                pending.answer.set_result(decision)
+
+    async def _took_place(self, doubt: _InDoubt) -> bool:
+        """Find out whether a commit in doubt took place.
+
+        Raises:
+            CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
+        """
+        _log.warning("the connection was lost during a commit", events=len(doubt.events))
+        firsts = list({event.session_id: event for event in reversed(doubt.events)}.values())
+        deadline = time.monotonic() + _RESOLVE
+        pause = 0.05
+        while any(not pending.answer.done() for pending, _ in doubt.decisions) and time.monotonic() < deadline:
+            try:
+                async with self._connection() as connection:
+                    return await _is_stored(connection, firsts)
+            except StorageUnavailable:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
+        raise CommitOutcomeUnknown
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[PipelineConnection]:
@@ -274,66 +333,19 @@ class Sequencer:
                 if connection.usable:
                     self._idle_connections.append(connection)
 
-    def _put_off(self, batch: list[Pending], held: set[int]) -> None:
-        """Let requests for sessions that somebody else holds wait apart."""
-        if not held:
-            return
-        self._queue.put_back([pending for pending in batch if pending.request.session_id in held])
-        batch[:] = [pending for pending in batch if pending.request.session_id not in held]
-        for session_id in held:
-            self._queue.hold(session_id)
-            self._tasks.spawn(self._write_held(session_id), f"append-to-held-session-{session_id}")
 
-    async def _decide(
-        self, connection: PipelineConnection, batch: Sequence[Pending], locked: Locked
-    ) -> list[tuple[Pending, Decision]]:
-        states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
-        if locked.known_keys:
-            for (session_id, key), server_seq in locked.known_keys.items():
-                if session_id in states:
-                    states[session_id].known_keys[key] = server_seq
-            await _read_replayed(connection, batch, states)
-        now = self._clock()
-        decided: list[tuple[Pending, Decision]] = []
-        for pending in batch:
-            state = states.get(pending.request.session_id)
-            if state is None:
-                decided.append((pending, SessionNotFound(session_id=pending.request.session_id)))
-            else:
-                decided.append((pending, state.decide(pending.request, pending.digests, now)))
-        return decided
-
-    def _answer(self, decided: Sequence[tuple[Pending, Decision]], rows: Sequence[NewRow], ids: Ids) -> None:
-        """Tell everybody what became of their request; the transaction is committed."""
-        if rows:
-            self._on_stored([_event(row, ids) for row in rows])
-        for pending, decision in decided:
-            if pending.answer.done():
-                continue
-            if isinstance(decision, CollabError):
-                pending.answer.set_exception(decision)
-            else:
-                events = [row if isinstance(row, Event) else _event(row, ids) for row in decision.rows]
-                pending.answer.set_result(Appended(events, replayed=isinstance(decision, Replay)))
-
-    async def _resolve(self, doubt: _InDoubt) -> Ids | None:
-        """Find out what became of a commit: return the ids of its events, or None when it did not take place.
-
-        Raises:
-            CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
-        """
-        _log.warning("the connection was lost during a commit", events=len(doubt.rows))
-        probes = list({row.session_id: row for row in reversed(doubt.rows)}.values())
-        deadline = time.monotonic() + _RESOLVE
-        pause = 0.05
-        while any(not pending.answer.done() for pending, _ in doubt.decided) and time.monotonic() < deadline:
-            try:
-                async with self._connection() as connection:
-                    return await _find_committed(connection, probes, doubt.rows)
-            except StorageUnavailable:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 1.0)
+async def _is_stored(connection: PipelineConnection, firsts: Sequence[Event]) -> bool:
+    """Tell whether a transaction took place, by the first event that it would have added to each of its sessions."""
+    sessions = [event.session_id for event in firsts]
+    locked = await appending.lock_sessions(connection, sessions, [], new_ids=1, wait_seconds=_LOCK_WAIT)
+    # With a lock ours, the transaction in doubt has ended, and no other has taken its numbers since.
+    first = next((event for event in firsts if event.session_id in locked.heads), None)
+    if first is None:
         raise CommitOutcomeUnknown
+    place = (first.session_id, first.server_seq)
+    stored = await appending.read_stored(connection, [(*place, first.server_seq)])
+    await connection.run(appending.ROLLBACK)
+    return place in stored and stored[place].chain_hash == first.chain_hash
 
 
 async def _read_replayed(
@@ -343,39 +355,12 @@ async def _read_replayed(
     ranges = []
     for pending in batch:
         state = states.get(pending.request.session_id)
-        if state is None:
-            continue
-        known = [(i, state.known_keys[key]) for i, key in pending.request.idempotency_keys() if key in state.known_keys]
-        if known:
+        if state is not None and (known := state.known_places(pending.request)):
             first = replay_start(known)
             ranges.append((state.session_id, first, first + len(pending.request.events) - 1))
     if ranges:
         for (session_id, server_seq), event in (await appending.read_stored(connection, ranges)).items():
             states[session_id].stored[server_seq] = event
-
-
-async def _find_committed(
-    connection: PipelineConnection, probes: Sequence[NewRow], rows: Sequence[NewRow]
-) -> Ids | None:
-    locked = await appending.lock_sessions(
-        connection, [probe.session_id for probe in probes], [], wait_seconds=_LOCK_WAIT
-    )
-    probe = next((probe for probe in probes if probe.session_id in locked.heads), None)
-    if probe is None:
-        raise CommitOutcomeUnknown
-    # With the lock ours, the transaction in doubt has ended, and no other has taken its numbers since.
-    stored = await appending.read_stored(connection, [(row.session_id, row.server_seq, row.server_seq) for row in rows])
-    await connection.run(appending.ROLLBACK)
-    found = stored.get((probe.session_id, probe.server_seq))
-    if found is None or found.chain_hash != probe.chain_hash:
-        return None
-    return {place: event.id for place, event in stored.items()}
-
-
-def _event(row: NewRow, ids: Ids) -> Event:
-    # A session that was deleted while its commit was in doubt has no ids any more.
-    event_id = ids.get((row.session_id, row.server_seq), 0)
-    return Event(event_id, row.session_id, row.server_seq, row.created_at, row.chain_hash, row.content)
 
 
 def _fail(batch: Sequence[Pending], error: Exception) -> None:

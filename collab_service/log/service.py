@@ -1,13 +1,12 @@
 """What can be done with sessions and their logs: the use cases, one method each."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from collab_service.config import Config
 from collab_service.log.activity import ActivityWriter
 from collab_service.log.background import BackgroundTasks
-from collab_service.log.decide import AppendRequest
+from collab_service.log.decide import Appended, AppendRequest
 from collab_service.log.page_token import make_page_token, read_page_token
-from collab_service.log.queue import Appended
 from collab_service.log.reading import Page, read_to_head
 from collab_service.log.removal import Remover
 from collab_service.log.sequencer import Sequencer
@@ -133,9 +132,9 @@ class LogService:
                 return released
             last = ids[-1]
 
-    async def append(self, request: AppendRequest) -> Appended:
+    def append(self, request: AppendRequest) -> Awaitable[Appended]:
         """Append events to a session, all or nothing; see `Sequencer.append`."""
-        return await self._sequencer.append(request)
+        return self._sequencer.append(request)
 
     def read(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncIterator[Page]:
         """Read a session's events up to the head as it is now; see `read_to_head`."""

@@ -1,15 +1,15 @@
 """Sessions and events, as every layer sees them.
 
-Times are integers: microseconds of the Unix epoch. Ids and sequence numbers start at 1.
+Times are integers: microseconds of the Unix epoch. Ids and sequence numbers start at 1. The values are frozen; they are
+msgspec structs rather than dataclasses because events are made by the hundred thousand, at a seventh of the cost.
 """
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 EMPTY_PAYLOAD = "{}"
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(Struct, frozen=True):
     """An event as its author gave it. Two are equal when every field is, byte for byte."""
 
     actor_id: str | None = None
@@ -23,8 +23,7 @@ class NewEvent:
     idempotency_key: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """An event as it is stored."""
 
     id: int
@@ -35,8 +34,7 @@ class Event:
     content: NewEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(Struct, frozen=True, kw_only=True):
     """A session with its head."""
 
     id: int

@@ -7,7 +7,7 @@ integers (dimensions, has-nulls flag, element OID, length, lower bound), then ea
 is the microseconds since 2000.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
@@ -16,8 +16,8 @@ from psycopg.adapt import Buffer, Loader
 from psycopg.pq import Format
 
 # OIDs, from src/include/catalog/pg_type.dat.
-TEXT = 25
-_INT8, _BYTEA, _TIMESTAMPTZ = 20, 17, 1184
+INT8, TEXT = 20, 25
+_BYTEA, _TIMESTAMPTZ = 17, 1184
 INT8_ARRAY, TEXT_ARRAY, BYTEA_ARRAY, TIMESTAMPTZ_ARRAY = 1016, 1009, 1001, 1185
 
 _NULL = b"\xff\xff\xff\xff"
@@ -25,37 +25,59 @@ _POSTGRES_EPOCH = 946_684_800_000_000
 
 _header = Struct(">iiIii").pack
 _length = Struct(">i").pack
-_int8 = Struct(">iq").pack
+_read_sized_int8 = Struct(">iq").iter_unpack
+_HEADER_BYTES = 20
+_sized_int8 = Struct(">iq").pack
 
 
 def _array(element: int, elements: Sequence[bytes]) -> bytes:
     return _header(1, 1, element, len(elements), 1) + b"".join(elements)
 
 
-def int8_array(values: Iterable[int | None]) -> bytes:
+def _nulls(element: int, count: int) -> bytes:
+    return _header(1, 1, element, count, 1) + _NULL * count
+
+
+def int8_array(values: Sequence[int | None]) -> bytes:
     """Pack an `int8[]`."""
-    return _array(_INT8, [_NULL if value is None else _int8(8, value) for value in values])
+    return _array(INT8, [_NULL if value is None else _sized_int8(8, value) for value in values])
 
 
-def timestamptz_array(micros: Iterable[int]) -> bytes:
+def timestamptz_array(micros: Sequence[int]) -> bytes:
     """Pack a `timestamptz[]` from microseconds of the Unix epoch."""
-    return _array(_TIMESTAMPTZ, [_int8(8, value - _POSTGRES_EPOCH) for value in micros])
+    return _array(_TIMESTAMPTZ, [_sized_int8(8, value - _POSTGRES_EPOCH) for value in micros])
 
 
-def bytea_array(values: Iterable[bytes | None]) -> bytes:
+def bytea_array(values: Sequence[bytes | None]) -> bytes:
     """Pack a `bytea[]`."""
+    if values.count(None) == len(values):
+        return _nulls(_BYTEA, len(values))
     return _array(_BYTEA, [_NULL if value is None else _length(len(value)) + value for value in values])
 
 
-def text_array(values: Iterable[str | None]) -> bytes:
+def text_array(values: Sequence[str | None]) -> bytes:
     """Pack a `text[]`."""
-    encoded = (None if value is None else value.encode() for value in values)
-    return _array(TEXT, [_NULL if value is None else _length(len(value)) + value for value in encoded])
+    if values.count(None) == len(values):
+        return _nulls(TEXT, len(values))
+    return _array(
+        TEXT,
+        [_NULL if value is None else _length(len(encoded := value.encode())) + encoded for value in values],
+    )
+
+
+def int8(value: int) -> bytes:
+    """Pack an `int8`."""
+    return value.to_bytes(8, signed=True)
 
 
 def read_int8(value: bytes) -> int:
     """Unpack an `int8`."""
     return int.from_bytes(value, signed=True)
+
+
+def read_int8_array(value: bytes) -> list[int]:
+    """Unpack an `int8[]` without NULLs."""
+    return [number for _, number in _read_sized_int8(value[_HEADER_BYTES:])]
 
 
 def read_timestamptz(value: Buffer) -> int:

@@ -1,20 +1,23 @@
 """The statements of an append transaction, sent in groups; see `collab_service.storage.pipeline` for why."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
+from msgspec import Struct, field
 from psycopg.pq.abc import PGresult
 
-from collab_service.model import Event, NewEvent
+from collab_service.model import Event
 from collab_service.storage.binary import (
     BYTEA_ARRAY,
+    INT8,
     INT8_ARRAY,
     TEXT,
     TEXT_ARRAY,
     TIMESTAMPTZ_ARRAY,
     bytea_array,
+    int8,
     int8_array,
     read_int8,
+    read_int8_array,
     read_timestamptz,
     text_array,
     timestamptz_array,
@@ -57,6 +60,13 @@ _KNOWN_KEYS = Statement(
     (INT8_ARRAY, TEXT_ARRAY),
 )
 
+# Taken while the locks are held, so that within a session the ids rise with the numbers.
+_NEW_IDS = Statement(
+    b"new_ids",
+    b"SELECT array_agg(nextval('collab_events_id_seq')) FROM generate_series(1, $1)",
+    (INT8,),
+)
+
 _STORED = Statement(
     b"stored",
     f"""
@@ -71,11 +81,17 @@ _INSERT = Statement(
     b"insert",
     f"""
     INSERT INTO collab_events
-        (session_id, server_seq, created_at, chain_hash, {", ".join(column.name for column in CONTENT_COLUMNS)})
-    SELECT * FROM unnest({", ".join(f"${n}" for n in range(1, 5 + len(CONTENT_COLUMNS)))})
-    RETURNING session_id, server_seq, id
+        (session_id, server_seq, id, created_at, chain_hash, {", ".join(column.name for column in CONTENT_COLUMNS)})
+    SELECT * FROM unnest({", ".join(f"${n}" for n in range(1, 6 + len(CONTENT_COLUMNS)))})
     """.encode(),
-    (INT8_ARRAY, INT8_ARRAY, TIMESTAMPTZ_ARRAY, BYTEA_ARRAY, *(column.array_type for column in CONTENT_COLUMNS)),
+    (
+        INT8_ARRAY,
+        INT8_ARRAY,
+        INT8_ARRAY,
+        TIMESTAMPTZ_ARRAY,
+        BYTEA_ARRAY,
+        *(column.array_type for column in CONTENT_COLUMNS),
+    ),
 )
 
 _READERS = tuple(
@@ -86,8 +102,7 @@ _READERS = tuple(
 )
 
 
-@dataclass(slots=True)
-class Head:
+class Head(Struct):
     """The end of a session's log."""
 
     last_server_seq: int = 0
@@ -96,10 +111,11 @@ class Head:
     """None when there is no event yet."""
 
 
-@dataclass(slots=True)
-class Locked:
+class Locked(Struct):
     """What an append transaction knows of the sessions that it asked for."""
 
+    ids: Sequence[int]
+    """Reserved for new events; those that are not used leave a gap."""
     heads: dict[int, Head] = field(default_factory=dict)
     """The sessions whose rows this transaction holds."""
     held: set[int] = field(default_factory=set)
@@ -108,22 +124,12 @@ class Locked:
     """The numbers of the events that carry one of the given idempotency keys, by session and key."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewRow:
-    """An event with the numbers that it is to be stored with."""
-
-    session_id: int
-    server_seq: int
-    created_at: int
-    chain_hash: bytes
-    content: NewEvent
-
-
 async def lock_sessions(
     connection: PipelineConnection,
     session_ids: Iterable[int],
     keys: Sequence[tuple[int, str]],
     *,
+    new_ids: int,
     wait_seconds: float | None = None,
 ) -> Locked:
     """Begin a transaction, lock sessions in the order of their ids, and read their heads and known keys.
@@ -132,6 +138,7 @@ async def lock_sessions(
         connection: A connection without a transaction.
         session_ids: The sessions to lock.
         keys: Idempotency keys to look up, each with its session.
+        new_ids: How many ids to reserve for new events; at least 1.
         wait_seconds: How long to wait for rows that others hold; None leaves those rows out.
 
     Raises:
@@ -140,18 +147,22 @@ async def lock_sessions(
     ids = int8_array(session_ids)
     # The heads are read in a statement of their own, whose snapshot is taken when the locks are ours: in one statement
     # with them it would not see what the previous holder wrote.
-    commands = [Command(_LOCK_FREE if wait_seconds is None else _LOCK_WAITING, [ids]), Command(_HEADS, [ids])]
+    commands = [
+        Command(_LOCK_FREE if wait_seconds is None else _LOCK_WAITING, [ids]),
+        Command(_HEADS, [ids]),
+        Command(_NEW_IDS, [int8(new_ids)]),
+    ]
     if keys:
-        commands.append(Command(_KNOWN_KEYS, [int8_array(s for s, _ in keys), text_array(key for _, key in keys)]))
+        commands.append(Command(_KNOWN_KEYS, [int8_array([s for s, _ in keys]), text_array([key for _, key in keys])]))
     if wait_seconds is None:
         _, *results = await connection.run(BEGIN, *commands)
     else:
         timeout = Command(_SET_LOCK_TIMEOUT, [b"%dms" % int(wait_seconds * 1000)])
         _, _, *results = await connection.run(BEGIN, timeout, *commands)
-    lock, heads, *known = results
+    lock, heads, reserved, *known = results
 
     ours = {read_int8(_value(lock, row, 0)) for row in range(lock.ntuples)}
-    locked = Locked()
+    locked = Locked(read_int8_array(_value(reserved, 0, 0)))
     for row in range(heads.ntuples):
         session_id = read_int8(_value(heads, row, 0))
         if session_id not in ours:
@@ -183,25 +194,22 @@ async def read_stored(
     return stored
 
 
-async def insert_and_commit(connection: PipelineConnection, rows: Sequence[NewRow]) -> dict[tuple[int, int], int]:
-    """Insert events and commit, in one round trip; return their ids by session and number.
+async def insert_and_commit(connection: PipelineConnection, events: Sequence[Event]) -> None:
+    """Insert events and commit, in one round trip.
 
     Raises:
         psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
     """
-    contents = [row.content for row in rows]
+    contents = [event.content for event in events]
     parameters = [
-        int8_array(row.session_id for row in rows),
-        int8_array(row.server_seq for row in rows),
-        timestamptz_array(row.created_at for row in rows),
-        bytea_array(row.chain_hash for row in rows),
-        *(column.pack(map(column.value, contents)) for column in CONTENT_COLUMNS),
+        int8_array([event.session_id for event in events]),
+        int8_array([event.server_seq for event in events]),
+        int8_array([event.id for event in events]),
+        timestamptz_array([event.created_at for event in events]),
+        bytea_array([event.chain_hash for event in events]),
+        *(column.pack(list(map(column.value, contents))) for column in CONTENT_COLUMNS),
     ]
-    inserted, _ = await connection.run(Command(_INSERT, parameters), COMMIT)
-    return {
-        (read_int8(_value(inserted, row, 0)), read_int8(_value(inserted, row, 1))): read_int8(_value(inserted, row, 2))
-        for row in range(inserted.ntuples)
-    }
+    await connection.run(Command(_INSERT, parameters), COMMIT)
 
 
 def _value(result: PGresult, row: int, column: int) -> bytes:

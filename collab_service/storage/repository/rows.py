@@ -1,6 +1,7 @@
 """Event rows: which columns there are, how each is packed for an insert, and how a row becomes an `Event`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from collab_service.model import Event, NewEvent
@@ -12,12 +13,12 @@ class ContentColumn(NamedTuple):
 
     name: str
     array_type: int
-    pack: Callable[[Iterable[Any]], bytes]
+    pack: Callable[[Sequence[Any]], bytes]
     value: Callable[[NewEvent], Any]
 
 
-def _text(name: str, value: Callable[[NewEvent], str | None]) -> ContentColumn:
-    return ContentColumn(name, binary.TEXT_ARRAY, binary.text_array, value)
+def _text(name: str, value: Callable[[NewEvent], str | None] | None = None) -> ContentColumn:
+    return ContentColumn(name, binary.TEXT_ARRAY, binary.text_array, value or attrgetter(name))
 
 
 def _bytea(name: str, value: Callable[[NewEvent], bytes | None]) -> ContentColumn:
@@ -25,14 +26,14 @@ def _bytea(name: str, value: Callable[[NewEvent], bytes | None]) -> ContentColum
 
 
 CONTENT_COLUMNS = (
-    _text("actor_id", lambda event: event.actor_id),
-    ContentColumn("client_seq", binary.INT8_ARRAY, binary.int8_array, lambda event: event.client_seq),
-    _text("type", lambda event: event.type),
+    _text("actor_id"),
+    ContentColumn("client_seq", binary.INT8_ARRAY, binary.int8_array, attrgetter("client_seq")),
+    _text("type"),
     _text("payload_json", lambda event: event.payload if isinstance(event.payload, str) else None),
     _bytea("payload_binary", lambda event: event.payload if isinstance(event.payload, bytes) else None),
-    _text("hash", lambda event: event.hash),
+    _text("hash"),
     _bytea("signature", lambda event: event.signature or None),
-    _text("idempotency_key", lambda event: event.idempotency_key),
+    _text("idempotency_key"),
 )
 
 EVENT_COLUMNS = ("id", "session_id", "server_seq", "created_at", "chain_hash", *(c.name for c in CONTENT_COLUMNS))

@@ -1,0 +1,168 @@
+"""Several statements in one round trip, at the price of one.
+
+Appending is all round trips and cost per statement. The driver's own pipeline mode waits for the socket with every
+statement that it queues, which was measured at 0.6 ms of processor time for the five of an append transaction; here they
+are handed to libpq, sent together and read together, at about a tenth of that. Only documented calls of `psycopg.pq` are
+used (https://www.postgresql.org/docs/18/libpq-pipeline-mode.html).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import psycopg
+from psycopg.pq import ExecStatus, Format
+from psycopg.pq.abc import PGconn, PGresult
+
+from collab_service.storage.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A statement that is prepared once on each connection; parameters and results are in binary format."""
+
+    name: bytes
+    sql: bytes
+    parameter_types: tuple[int, ...] = ()
+    """OIDs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A statement with its parameters, in PostgreSQL's binary format."""
+
+    statement: Statement
+    parameters: Sequence[bytes] = ()
+
+
+class PipelineConnection:
+    """A connection of its own on which commands are sent in groups. One group at a time."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[tuple[object, ...]]) -> None:
+        self._connection = connection
+        self._pgconn: PGconn = connection.pgconn
+        self._pgconn.nonblocking = 1
+        self._pgconn.enter_pipeline_mode()
+        self._prepared: set[bytes] = set()
+        self._results: list[PGresult] = []
+        self._done: asyncio.Future[None] | None = None
+        self._warnings: list[str] = []
+        self._loop = asyncio.get_running_loop()
+        self._socket = self._pgconn.socket
+        self._loop.add_reader(self._socket, self._readable)
+        self.usable = True
+        """False once the connection is lost."""
+        connection.add_notice_handler(self._note)
+
+    @classmethod
+    async def open(cls, database: Database) -> Self:
+        """Connect. Raises the driver's errors."""
+        return cls(await database.connect())
+
+    async def run(self, *commands: Command) -> list[PGresult]:
+        """Send commands together and return the result of each.
+
+        When one fails, the server skips those behind it; its error is raised, and the caller rolls back.
+
+        Raises:
+            psycopg.Error: A command failed, or the connection is lost: then `usable` is False, and which commands were
+                carried out is unknown.
+        """
+        if not self.usable:
+            raise psycopg.OperationalError("the connection is closed")
+        self._warnings.clear()
+        self._done = self._loop.create_future()
+        wanted: list[bool] = []
+        try:
+            for command in commands:
+                wanted += self._send(command)
+            self._pgconn.pipeline_sync()
+            self._flush()
+            await self._done
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._done = None
+            results, self._results = self._results, []
+        for result in results:
+            if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
+                if not all(wanted):
+                    self.close()  # which of the statements got prepared is not worth finding out
+                raise psycopg.errors.error_from_result(result)
+        return [result for result, is_wanted in zip(results, wanted, strict=True) if is_wanted]
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """The warnings that came with the last group."""
+        return self._warnings
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.usable:
+            self.usable = False
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._pgconn.finish()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, command: Command) -> list[bool]:
+        """Send a command; return which of the results to come are its own, and not its preparation's."""
+        statement = command.statement
+        results = [True]
+        if statement.name not in self._prepared:
+            self._pgconn.send_prepare(statement.name, statement.sql, statement.parameter_types)
+            self._prepared.add(statement.name)
+            results = [False, True]
+        self._pgconn.send_query_prepared(
+            statement.name,
+            command.parameters,
+            param_formats=[Format.BINARY] * len(command.parameters),
+            result_format=Format.BINARY,
+        )
+        return results
+
+    def _flush(self) -> None:
+        if self._pgconn.flush():
+            self._loop.add_writer(self._socket, self._writable)
+
+    def _writable(self) -> None:
+        try:
+            if not self._pgconn.flush():
+                self._loop.remove_writer(self._socket)
+        except psycopg.OperationalError as error:
+            self._lost(error)
+
+    def _readable(self) -> None:
+        try:
+            self._pgconn.consume_input()
+            while self._done is not None and not self._done.done() and not self._pgconn.is_busy():
+                result = self._pgconn.get_result()
+                if result is None:
+                    continue  # the end of one command's results
+                if result.status == ExecStatus.PIPELINE_SYNC:
+                    self._done.set_result(None)
+                else:
+                    self._results.append(result)
+        except psycopg.OperationalError as error:
+            self._lost(error)
+
+    def _lost(self, error: psycopg.OperationalError) -> None:
+        # Results may have come before the end, such as the FATAL that explains it.
+        done = self._done
+        self.close()
+        if done is not None and not done.done():
+            done.set_exception(error)
+
+    def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        if diagnostic.severity_nonlocalized == "WARNING":
+            self._warnings.append(diagnostic.message_primary or "")
