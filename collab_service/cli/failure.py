@@ -29,10 +29,11 @@ def told_in_a_sentence() -> Iterator[None]:
 
 
 def _of_rpc(error: grpc.RpcError) -> str:
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (error.details() if isinstance(error, grpc.Call) else None) or "no details"
+    # Every RpcError that a synchronous stub raises is a call as well.
+    code: grpc.StatusCode = error.code()
+    details: str = error.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE:
-        return f"the service does not answer ({details}); is it running, and is this its address? Start it with: collab serve"
+        return f"the service does not answer ({details}); is this its address? Start one with: collab serve"
     return f"the service answered {code.name}: {details}"
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import structlog
 import typer
@@ -41,7 +41,7 @@ _POSTGRES_LOOK = 1.0
 _LIMITS, _QUEUE = Limits(), QueueLimits()
 
 
-def _limit(name: str, help_: str) -> typer.models.OptionInfo:
+def _limit(name: str, help_: str) -> Any:
     return typer.Option(
         f"--{name}",
         envvar=f"COLLAB_{name.upper().replace('-', '_')}",

@@ -1,7 +1,7 @@
 """Recordings of people writing together, and the text that they amount to.
 
-The format: gzip, JSON, one object with `startContent`, `endContent` and `txns`; each transaction has `patches`, a list of
-[position, deleted, inserted], applied one after another. Positions count Unicode code points, as Python's do.
+The format: gzip, JSON, one object with `startContent`, `endContent` and `txns`; each transaction has `patches`, a list
+of [position, deleted, inserted], applied one after another. Positions count Unicode code points, as Python's do.
 """
 
 import gzip

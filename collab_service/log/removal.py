@@ -39,8 +39,7 @@ class Remover:
         while True:
             self._wake.clear()
             try:
-                while await self._step():
-                    await asyncio.sleep(_PAUSE)
+                await self._remove_all()
             except CollabError as error:
                 _log.warning("deleted sessions could not be removed, tried again later", cause=repr(error))
             try:
@@ -48,6 +47,12 @@ class Remover:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+
+    async def _remove_all(self) -> None:
+        more = await self._step()
+        while more:
+            await asyncio.sleep(_PAUSE)
+            more = await self._step()
 
     async def _step(self) -> bool:
         """Remove some events of one deleted session, or its row when none is left; False when nothing is to do."""

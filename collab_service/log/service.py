@@ -1,6 +1,7 @@
 """What can be done with sessions and their logs: the use cases, one method each."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from collab_service.config import Config
 from collab_service.log.activity import ActivityWriter
@@ -52,10 +53,8 @@ class LogService:
         """Write what waits, for `grace` seconds at most, and let go of the database."""
         await self._sequencer.stop(grace)
         await self._tasks.cancel()
-        try:
+        with suppress(CollabError):  # only a listing's order would have used it
             await self._activity.flush()
-        except CollabError:
-            pass  # only a listing's order would have used it
         await self._database.dispose()
 
     def pulse(self) -> Pulse:

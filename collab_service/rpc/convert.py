@@ -32,22 +32,24 @@ def event_message(event: Event) -> pb.Event:
     """Return a stored event as a message."""
     content = event.content
     payload = content.payload
-    is_json = isinstance(payload, str)
-    return pb.Event(
+    message = pb.Event(
         id=event.id,
         session_id=event.session_id,
         server_seq=event.server_seq,
         actor_id=content.actor_id,
         client_seq=content.client_seq,
         type=content.type,
-        json=payload if is_json else None,
-        binary=None if is_json else payload,
         hash=content.hash,
         signature=content.signature,
         idempotency_key=content.idempotency_key,
         create_time=timestamp(event.created_at),
         chain_hash=event.chain_hash,
     )
+    if isinstance(payload, str):
+        message.json = payload
+    else:
+        message.binary = payload
+    return message
 
 
 def page_message(page: Page) -> pb.ListEventsResponse:

@@ -2,9 +2,9 @@
 
 Columns of values travel as arrays, which `unnest` turns into rows: one statement for any number of rows, prepared once,
 at about a third of what an ORM's or the driver's row-by-row adaptation costs. An array is a header of five 32-bit
-integers (dimensions, has-nulls flag, element OID, length, lower bound), then each element's length and bytes, the length
--1 being a NULL (`array_recv` in PostgreSQL's src/backend/utils/adt/arrayfuncs.c). Integers are big-endian; a timestamptz
-is the microseconds since 2000.
+integers (dimensions, has-nulls flag, element OID, length, lower bound), then each element's length and bytes, the
+length -1 being a NULL (`array_recv` in PostgreSQL's src/backend/utils/adt/arrayfuncs.c). Integers are big-endian; a
+timestamptz is the microseconds since 2000.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ from collab_service.storage.driver_errors import driver_errors
 
 DriverConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-_LIVENESS = {
+_LIVENESS: dict[str, Any] = {
     "connect_timeout": 5,  # seconds
     # A server that vanishes without a word (its machine has died) is noticed within half a minute.
     "keepalives_idle": 10,

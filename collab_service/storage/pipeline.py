@@ -1,9 +1,9 @@
 """Several statements in one round trip, at the price of one.
 
 Appending is all round trips and cost per statement. The driver's own pipeline mode waits for the socket with every
-statement that it queues, which was measured at 0.6 ms of processor time for the five of an append transaction; here they
-are handed to libpq, sent together and read together, at about a tenth of that. Only documented calls of `psycopg.pq` are
-used (https://www.postgresql.org/docs/18/libpq-pipeline-mode.html).
+statement that it queues: a lone append took 1.25 ms that way and takes 0.6 ms this way, where statements are handed to
+libpq, sent together and read together. Only documented calls of `psycopg.pq` are used
+(https://www.postgresql.org/docs/18/libpq-pipeline-mode.html).
 """
 
 import asyncio
@@ -74,10 +74,14 @@ class PipelineConnection:
             raise psycopg.OperationalError("the connection is closed")
         self._warnings.clear()
         self._done = self._loop.create_future()
-        wanted: list[bool] = []
+        prepares: list[bytes | None] = []  # for each result to come: the statement that it prepares, if it does
         try:
             for command in commands:
-                wanted += self._send(command)
+                if command.statement.name not in self._prepared and command.statement.name not in prepares:
+                    self._send_prepare(command.statement)
+                    prepares.append(command.statement.name)
+                self._send(command)
+                prepares.append(None)
             self._pgconn.pipeline_sync()
             self._flush()
             await self._done
@@ -87,12 +91,18 @@ class PipelineConnection:
         finally:
             self._done = None
             results, self._results = self._results, []
-        for result in results:
+        own = []
+        failure: PGresult | None = None
+        for name, result in zip(prepares, results, strict=True):
             if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
-                if not all(wanted):
-                    self.close()  # which of the statements got prepared is not worth finding out
-                raise psycopg.errors.error_from_result(result)
-        return [result for result, is_wanted in zip(results, wanted, strict=True) if is_wanted]
+                failure = failure or result
+            elif name is not None:
+                self._prepared.add(name)
+            else:
+                own.append(result)
+        if failure is not None:
+            raise psycopg.errors.error_from_result(failure)
+        return own
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -115,21 +125,16 @@ class PipelineConnection:
     ) -> None:
         self.close()
 
-    def _send(self, command: Command) -> list[bool]:
-        """Send a command; return which of the results to come are its own, and not its preparation's."""
-        statement = command.statement
-        results = [True]
-        if statement.name not in self._prepared:
-            self._pgconn.send_prepare(statement.name, statement.sql, statement.parameter_types)
-            self._prepared.add(statement.name)
-            results = [False, True]
+    def _send_prepare(self, statement: Statement) -> None:
+        self._pgconn.send_prepare(statement.name, statement.sql, statement.parameter_types)
+
+    def _send(self, command: Command) -> None:
         self._pgconn.send_query_prepared(
-            statement.name,
+            command.statement.name,
             command.parameters,
             param_formats=[Format.BINARY] * len(command.parameters),
             result_format=Format.BINARY,
         )
-        return results
 
     def _flush(self) -> None:
         if self._pgconn.flush():

@@ -25,12 +25,9 @@ def upgrade() -> None:
     )
     live = sa.text("deleted_at IS NULL")
     by_activity = [sa.text("last_active DESC"), sa.text("id DESC")]
-    for name, columns in (
-        ("collab_sessions_last_active_idx", by_activity),
-        ("collab_sessions_language_idx", ["language_id", *by_activity]),
-        ("collab_sessions_owner_idx", ["owner_id", *by_activity]),
-    ):
-        op.create_index(name, "collab_sessions", columns, postgresql_where=live)
+    for name, first in (("last_active", []), ("language", ["language_id"]), ("owner", ["owner_id"])):
+        columns = [*map(sa.text, first), *by_activity]
+        op.create_index(f"collab_sessions_{name}_idx", "collab_sessions", columns, postgresql_where=live)
     op.create_index(
         "collab_sessions_deleted_idx",
         "collab_sessions",

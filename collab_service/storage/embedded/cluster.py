@@ -79,7 +79,7 @@ class Cluster:
         options = shlex.join(f"--{setting}" for setting in (*settings, *own))
         result = self._run(
             "pg_ctl", "start", "--silent", "--wait", f"--timeout={_START_SECONDS}",
-            f"--pgdata={self._data.cluster}", f"--log={self._data.log}", f"--options={options}",
+            f"--pgdata={self._data.cluster.name}", f"--log={self._data.log.name}", f"--options={options}",
         )  # fmt: skip
         if result.returncode != 0:
             raise EmbeddedError(f"PostgreSQL did not start; its log, {self._data.log}, says why")
@@ -88,7 +88,7 @@ class Cluster:
         """Stop the server cleanly: transactions in progress are rolled back, nothing committed is lost."""
         self._run(
             "pg_ctl", "stop", "--silent", "--wait", f"--timeout={_STOP_SECONDS}", "--mode=fast",
-            f"--pgdata={self._data.cluster}",
+            f"--pgdata={self._data.cluster.name}",
         )  # fmt: skip
         if self._socket is not None and self._socket.parent != self._data.path:
             shutil.rmtree(self._socket, ignore_errors=True)
@@ -97,32 +97,33 @@ class Cluster:
     def is_running(self) -> bool:
         """Tell whether the server's main process lives."""
         pid = self._server_pid()
-        if pid is None:
-            return False
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
+        return pid is not None and _exists(pid) and not _is_zombie(pid)
 
     def _left_running(self) -> bool:
         """Tell whether a server of an earlier start still runs here; clear away the traces of one that does not.
 
         A process id is used again, in containers very soon: only a process whose working directory is this cluster, as
-        PostgreSQL's is, counts. Where that cannot be read (no /proc), its number has to do.
+        PostgreSQL's is, counts. Where there is no /proc, its number has to do.
         """
-        if not self.is_running():
-            return False
         pid = self._server_pid()
-        try:
-            ours = os.readlink(f"/proc/{pid}/cwd") == str(self._data.cluster)
-        except OSError:
-            ours = not Path("/proc/self").exists()
+        if pid is None or not _exists(pid):
+            return False
+        ours = not Path("/proc/self").exists() or self._working_directory(pid) == str(self._data.cluster)
         if not ours:
             (self._data.cluster / "postmaster.pid").unlink(missing_ok=True)
         return ours
+
+    def _working_directory(self, pid: int) -> str | None:
+        link = f"/proc/{pid}/cwd"
+        try:
+            return os.readlink(link)
+        except PermissionError:
+            # Root in a container mostly lacks the capability to look at another user's process. That user can.
+            look = [sys.executable, "-I", "-S", "-c", f"import os; print(os.readlink({link!r}), end='')"]
+            result = subprocess.run(look, capture_output=True, text=True, check=False, **self._data.owner.as_this())
+            return result.stdout
+        except OSError:
+            return None
 
     def _server_pid(self) -> int | None:
         try:
@@ -158,7 +159,9 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd="/",
+                # Paths are given as seen from here: pg_ctl puts them into a shell command, in which a quote or a dollar
+                # sign in the way to the data directory would have a meaning.
+                cwd=self._data.path,
                 env={"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"},
                 check=False,
                 text=True,
@@ -168,3 +171,21 @@ class Cluster:
             output.seek(0)
             result.stdout = output.read()
         return result
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _is_zombie(pid: int) -> bool:
+    """Tell whether a process has ended and nobody has asked how, as happens where process 1 of a container does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False

@@ -87,9 +87,13 @@ class DataDirectory:
         return self.path / "postgres.log"
 
     def socket_directory(self) -> Path:
-        """Return the directory of the socket, entered by the owner alone; created where it is missing."""
+        """Return the directory of the socket, entered by the owner alone; created where it is missing.
+
+        That is a temporary one where the path is too long for a socket, or has a comma or a double quote, with which
+        PostgreSQL's lists of hosts and of socket directories would be something else.
+        """
         directory = self.path / "socket"
-        if len(os.fsencode(directory / _SOCKET_NAME)) > _SOCKET_PATH_MAX:
+        if len(os.fsencode(directory / _SOCKET_NAME)) > _SOCKET_PATH_MAX or set(',"') & set(str(directory)):
             directory = Path(tempfile.mkdtemp(prefix="collab-"))
         directory.mkdir(mode=0o700, exist_ok=True)
         directory.chmod(0o700)

@@ -1,6 +1,7 @@
 """The statements of an append transaction, sent in groups; see `collab_service.storage.pipeline` for why."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from msgspec import Struct, field
 from psycopg.pq.abc import PGresult
@@ -94,12 +95,12 @@ _INSERT = Statement(
     ),
 )
 
-_READERS = tuple(
-    {"created_at": read_timestamptz, "chain_hash": bytes, "payload_binary": bytes, "signature": bytes}.get(
-        name, read_int8 if name in ("id", "session_id", "server_seq", "client_seq") else bytes.decode
-    )
-    for name in EVENT_COLUMNS
-)
+_READERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(EVENT_COLUMNS, bytes.decode),
+    **dict.fromkeys(("id", "session_id", "server_seq", "client_seq"), read_int8),
+    **dict.fromkeys(("chain_hash", "payload_binary", "signature"), bytes),
+    "created_at": read_timestamptz,
+}
 
 
 class Head(Struct):
@@ -126,7 +127,7 @@ class Locked(Struct):
 
 async def lock_sessions(
     connection: PipelineConnection,
-    session_ids: Iterable[int],
+    session_ids: Collection[int],
     keys: Sequence[tuple[int, str]],
     *,
     new_ids: int,
@@ -144,7 +145,7 @@ async def lock_sessions(
     Raises:
         psycopg.errors.LockNotAvailable: A row was held for longer than `wait_seconds`.
     """
-    ids = int8_array(session_ids)
+    ids = int8_array(list(session_ids))
     # The heads are read in a statement of their own, whose snapshot is taken when the locks are ours: in one statement
     # with them it would not see what the previous holder wrote.
     commands = [
@@ -188,8 +189,8 @@ async def read_stored(
     (result,) = await connection.run(Command(_STORED, [int8_array(column) for column in columns]))
     stored = {}
     for row in range(result.ntuples):
-        values = (result.get_value(row, column) for column in range(len(_READERS)))
-        event = event_from_row([v and read(v) for read, v in zip(_READERS, values, strict=True)])
+        values = ((read, result.get_value(row, column)) for column, read in enumerate(_READERS.values()))
+        event = event_from_row([None if value is None else read(value) for read, value in values])
         stored[event.session_id, event.server_seq] = event
     return stored
 

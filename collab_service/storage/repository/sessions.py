@@ -36,7 +36,7 @@ _select_sessions = (
 )
 
 
-def _session(row: Row[Any]) -> Session:
+def _session(row: Row[*tuple[Any, ...]]) -> Session:
     return Session(
         id=row.id,
         language_id=row.language_id,
@@ -68,7 +68,8 @@ async def create_session(
         .on_conflict_do_nothing(index_elements=[sessions.c.room])
         .returning(sessions.c.id)
     )
-    return (await connection.execute(statement)).scalar_one_or_none()
+    session_id: int | None = (await connection.execute(statement)).scalar_one_or_none()
+    return session_id
 
 
 async def get_session(connection: AsyncConnection, session_id: int) -> Session | None:

@@ -1,0 +1,110 @@
+"""A real PostgreSQL for the whole run, a database of its own for every test that asks, and real servers on loopback."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+
+from collab_service.storage import schema
+from collab_service.storage.embedded import Cluster, DataDirectory
+from collab_service.storage.embedded.accounts import postgres_account
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
+from tests.processes import ServeProcess
+
+TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
+
+_TEMPLATE = "template_collab"
+
+
+@pytest.fixture(scope="session")
+def run_directory() -> Iterator[Path]:
+    """A directory for the run, which PostgreSQL's user may enter, as pytest's own temporary directories are not."""
+    directory = Path(tempfile.mkdtemp(prefix="collab-tests-"))
+    directory.chmod(0o711)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def directory(run_directory: Path) -> Path:
+    """A new empty directory that PostgreSQL's user may enter."""
+    path = run_directory / uuid.uuid4().hex[:8]
+    path.mkdir()
+    path.chmod(0o711)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cluster(run_directory: Path) -> Iterator[Cluster]:
+    """The PostgreSQL of this run."""
+    account = postgres_account()
+    assert account is not None
+    data = DataDirectory(run_directory / "cluster", account)
+    cluster = Cluster(data)
+    cluster.start("max_connections=200")
+    yield cluster
+    cluster.stop()
+    data.release()
+
+
+@pytest.fixture(scope="session")
+def new_database(cluster: Cluster) -> Callable[[], str]:
+    """Return a function that makes a migrated database and returns its URL."""
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {_TEMPLATE}")
+    schema.migrate(database_url_of(cluster, _TEMPLATE))
+
+    def make() -> str:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        with psycopg.connect(cluster.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+        return database_url_of(cluster, name)
+
+    return make
+
+
+def database_url_of(cluster: Cluster, name: str) -> str:
+    """Return the URL of one of the cluster's databases."""
+    return cluster.url.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture
+def database_url(new_database: Callable[[], str]) -> str:
+    """A migrated database of the test's own."""
+    return new_database()
+
+
+@pytest.fixture(scope="session")
+def server_database_url(new_database: Callable[[], str]) -> str:
+    """The database behind `server`."""
+    return new_database()
+
+
+@pytest.fixture(scope="session")
+def server(server_database_url: str, run_directory: Path) -> Iterator[ServeProcess]:
+    """A running `collab serve` that tests share: each works in sessions of its own."""
+    with ServeProcess("--database-url", server_database_url, cwd=run_directory) as process:
+        yield process
+        assert process.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def channel(server: ServeProcess) -> Iterator[grpc.Channel]:
+    """A channel to the shared server."""
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="session")
+def stub(channel: grpc.Channel) -> CollabServiceStub:
+    """A stub on the shared server."""
+    return CollabServiceStub(channel)
+
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"  # the tests start processes and never fork

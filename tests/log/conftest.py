@@ -1,0 +1,36 @@
+"""The log without gRPC: services on a database of the test's own."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from collab_service.config import Config
+from collab_service.log.service import LogService
+from collab_service.model import QueueLimits
+
+StartService = Callable[..., LogService]
+
+
+@pytest.fixture
+async def start_service(database_url: str) -> AsyncIterator[StartService]:
+    """Return a function that starts a service, as another process on the same database would."""
+    deaths: list[str] = []
+    async with AsyncExitStack() as stack:
+
+        def start(url: str = database_url, queue: QueueLimits | None = None) -> LogService:
+            config = Config(data_dir=Path("/nonexistent"), queue=queue or QueueLimits())
+            service = LogService(config, url, on_death=lambda: deaths.append("died"))
+            service.start()
+            stack.push_async_callback(service.stop, 5)
+            return service
+
+        yield start
+    assert not deaths
+
+
+@pytest.fixture
+async def service(start_service: StartService) -> LogService:
+    """One service."""
+    return start_service()

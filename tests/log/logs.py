@@ -1,0 +1,32 @@
+"""Writing and reading logs in the tests."""
+
+from collab_service.log.decide import Appended, AppendRequest
+from collab_service.log.service import LogService
+from collab_service.model import Event, NewEvent
+from collab_service.model.chain import chain_start, first_broken_link
+
+
+async def new_session(service: LogService) -> int:
+    """Create a session and return its id."""
+    session, _ = await service.create_session(language_id=None, owner_id=None, room=None)
+    return session.id
+
+
+async def append(service: LogService, session_id: int, *events: NewEvent, expected: int | None = None) -> Appended:
+    """Append a batch."""
+    return await service.append(AppendRequest(session_id, events, 2 * len(events), expected))
+
+
+async def read_all(service: LogService, session_id: int) -> list[Event]:
+    """Read a session from the beginning."""
+    return [event async for page in service.read(session_id, since=0, limit=0, types=()) for event in page.events]
+
+
+async def read_checked(service: LogService, session_id: int) -> list[Event]:
+    """Read a session from the beginning and check what always holds: numbers, times and the chain."""
+    events = await read_all(service, session_id)
+    assert [event.server_seq for event in events] == list(range(1, len(events) + 1))
+    assert all(earlier.created_at <= later.created_at for earlier, later in zip(events, events[1:], strict=False))
+    assert first_broken_link(chain_start(session_id), events) is None
+    assert len({event.id for event in events}) == len(events)
+    return events

@@ -1,0 +1,123 @@
+"""The queue of appends: bounded, fair, in order."""
+
+import asyncio
+
+import pytest
+
+from collab_service.log.decide import AppendRequest
+from collab_service.log.queue import AppendQueue, Pending
+from collab_service.model import NewEvent, QueueLimits
+from collab_service.model.errors import Overloaded
+
+
+def pending(session_id: int, size: int = 1, events: int = 1) -> Pending:
+    """Return a request with a caller."""
+    request = AppendRequest(session_id, [NewEvent()] * events, size)
+    return Pending(request, [b""] * events, size, asyncio.get_running_loop().create_future())
+
+
+def sessions(taken: list[Pending]) -> list[int]:
+    """Return the sessions of requests."""
+    return [p.request.session_id for p in taken]
+
+
+async def test_sessions_take_turns() -> None:
+    """A session with a long line does not keep the others waiting."""
+    queue = AppendQueue(QueueLimits())
+    busy = [pending(1) for _ in range(6)]
+    for p in [*busy, pending(2), pending(3)]:
+        queue.put(p)
+    assert sessions(queue.take(events=4, size=100, sessions=100)) == [1, 2, 3, 1]
+    queue.put(pending(2))
+    first_two = queue.take(events=2, size=100, sessions=100)
+    assert sessions(first_two) == [1, 2]
+    rest = queue.take(events=100, size=100, sessions=100)
+    assert [p for p in [*first_two, *rest] if p.request.session_id == 1] == busy[2:]
+    assert (len(queue), queue.ready) == (0, 0)
+
+
+async def test_bounds_of_a_transaction() -> None:
+    """A transaction is bounded by events, bytes and sessions, but takes at least one request."""
+    queue = AppendQueue(QueueLimits())
+    for p in [pending(1, size=50), pending(2, size=60, events=3), pending(3)]:
+        queue.put(p)
+    assert sessions(queue.take(events=100, size=100, sessions=100)) == [1]
+    assert sessions(queue.take(events=1, size=1, sessions=1)) == [2]
+    assert sessions(queue.take(events=1, size=1, sessions=1)) == [3]
+
+
+async def test_a_full_queue_refuses() -> None:
+    """Too much waiting is refused at once, and a session that is stuck leaves room for the others."""
+    queue = AppendQueue(QueueLimits(requests=5, bytes=1_000, session_requests=3, session_bytes=500))
+    for _ in range(3):
+        queue.put(pending(1))
+    with pytest.raises(Overloaded, match="this session"):
+        queue.put(pending(1))
+    queue.put(pending(2, size=400))
+    with pytest.raises(Overloaded, match="this session"):
+        queue.put(pending(2, size=101))
+    with pytest.raises(Overloaded, match="this server"):
+        queue.put(pending(3, size=700))
+    queue.put(pending(3))
+    with pytest.raises(Overloaded, match="this server"):
+        queue.put(pending(4))
+    assert len(queue) == 5
+
+
+async def test_one_request_larger_than_the_bounds_is_taken_when_nothing_waits() -> None:
+    """Whatever the limits of a request are set to, it can be served."""
+    queue = AppendQueue(QueueLimits(bytes=10, session_bytes=10))
+    queue.put(pending(1, size=100))
+    assert len(queue.take(events=1, size=1, sessions=1)) == 1
+
+
+async def test_callers_who_left_give_their_room_back() -> None:
+    """A request whose caller has given up is neither taken nor counted."""
+    queue = AppendQueue(QueueLimits(requests=2))
+    first, second = pending(1), pending(1)
+    queue.put(first)
+    queue.put(second)
+    first.answer.cancel()
+    queue.remove(first)
+    queue.remove(first)
+    third = pending(1)
+    queue.put(third)
+    third.answer.cancel()
+    assert queue.take(events=10, size=10, sessions=10) == [second]
+    assert (len(queue), queue.ready) == (0, 0)
+
+
+async def test_a_held_session_waits_apart_in_its_order() -> None:
+    """What was put off goes back to the front of its line; others are not held up; nothing is lost on the way."""
+    queue = AppendQueue(QueueLimits())
+    first, second, other = pending(1), pending(1), pending(2)
+    queue.put(first)
+    queue.put(other)
+    assert queue.take(events=10, size=10, sessions=10) == [first, other]
+    queue.put(second)
+    queue.put_back([first])
+    queue.hold(1)
+    assert queue.ready == 0
+    assert queue.take(events=10, size=10, sessions=10) == []
+    third = pending(1)
+    queue.put(third)
+    assert queue.take_held(1, events=2, size=10) == [first, second]
+    queue.release(1)
+    assert queue.ready == 1
+    assert queue.take(events=10, size=10, sessions=10) == [third]
+    queue.hold(1)
+    queue.release(1)
+    assert (len(queue), queue.ready) == (0, 0)
+
+
+async def test_waiting_for_a_number_of_requests() -> None:
+    """The writer sleeps until there is enough to write."""
+    queue = AppendQueue(QueueLimits())
+    waiting = asyncio.create_task(queue.wait_for(2))
+    await asyncio.sleep(0)
+    queue.put(pending(1))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    queue.put(pending(2))
+    async with asyncio.timeout(5):
+        await waiting

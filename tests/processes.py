@@ -1,0 +1,121 @@
+"""Running `collab` as its users do: as a process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+COLLAB = [sys.executable, "-m", "collab_service"]
+START_SECONDS = 60.0
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Return this process's environment without settings of ours, plus `more`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("COLLAB_")}
+    return {**kept, "PYTHONWARNINGS": "error", "NO_COLOR": "1", "COLUMNS": "200", **more}
+
+
+def collab(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a `collab` command to its end."""
+    return subprocess.run(
+        [*COLLAB, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=clean_environment(**environment),
+        check=False,
+    )
+
+
+class ServeProcess:
+    """A `collab serve` on a port of its own; its log lines are kept."""
+
+    def __init__(self, *arguments: str, cwd: Path, grpc_address: str = "127.0.0.1:0", **environment: str) -> None:
+        """Start it; entering the context waits until it serves."""
+        self.lines: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self.process = subprocess.Popen(
+            [*COLLAB, "serve", "--log-format", "json", "--grpc-address", grpc_address, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env=clean_environment(**environment),
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = {"event": line.rstrip("\n"), "raw": True}
+            with self._changed:
+                self.lines.append(entry)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait_for(self, event: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+        """Wait for a log line whose message is `event`, and return it."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                for line in self.lines:
+                    if line.get("event") == event:
+                        return line
+                left = deadline - time.monotonic()
+                if self._ended or left <= 0:
+                    raise AssertionError(f"no line {event!r} in {self.lines}")
+                self._changed.wait(left)
+
+    @property
+    def grpc_address(self) -> str:
+        """Where it listens."""
+        address: str = self.wait_for("serving")["grpc_address"]
+        return address
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 30) -> int:
+        """Stop it and return its exit status."""
+        if self.process.poll() is None:
+            self.send(number)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float = 30) -> int:
+        """Wait for its end and return its exit status."""
+        status = self.process.wait(seconds)
+        self._reader.join(seconds)
+        return status
+
+    def text(self) -> str:
+        """Return everything it has said."""
+        return "\n".join(json.dumps(line) for line in self.lines)
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_for("serving")
+        except AssertionError:
+            self.process.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
