@@ -1,0 +1,150 @@
+"""A connection that is lost during a commit: what is acknowledged is stored, once, and nothing is made up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from collab_service.log import sequencer
+from collab_service.log.decide import Appended
+from collab_service.model import NewEvent
+from collab_service.model.errors import CommitOutcomeUnknown
+from collab_service.storage import schema
+from collab_service.storage.embedded import Cluster, DataDirectory
+from collab_service.storage.embedded.accounts import postgres_account
+from tests.log.conftest import StartService
+from tests.log.logs import append, new_session, read_checked
+from tests.proxy import COMMITTED, INSERTING, PostgresProxy
+from tests.waiting import until
+
+
+@pytest.fixture
+async def proxy(database_url: str) -> AsyncIterator[PostgresProxy]:
+    """A proxy in front of the test's database."""
+    async with PostgresProxy(database_url) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("took_place", [True, False])
+async def test_the_outcome_is_found_out(start_service: StartService, proxy: PostgresProxy, took_place: bool) -> None:
+    """Whether the lost commit took place or not: every caller gets a true OK, and each event is stored once."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    await append(service, session_id, NewEvent(type="first"))
+    if took_place:
+        proxy.cut_before_server_says(COMMITTED)
+    else:
+        proxy.cut_before_client_says(INSERTING)
+    sent = [NewEvent(client_seq=n) for n in range(10)]
+    appended = await asyncio.gather(*(append(service, session_id, event) for event in sent))
+    assert proxy.cuts == 1
+    stored = await read_checked(reader, session_id)
+    assert sorted(e.content.client_seq or 0 for e in stored[1:]) == list(range(10))
+    assert {a.events[0] for a in appended} == set(stored[1:])
+    assert not any(a.replayed for a in appended)
+    assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 12
+
+
+async def test_the_numbers_in_doubt_are_taken_by_nobody_else(start_service: StartService, proxy: PostgresProxy) -> None:
+    """While one process finds out what became of its commit, others go on; the log stays whole."""
+    service, other = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    proxy.cut_before_client_says(INSERTING)
+    results = await asyncio.gather(
+        *(append(service if n % 2 else other, session_id, NewEvent(client_seq=n)) for n in range(40))
+    )
+    stored = await read_checked(other, session_id)
+    assert len(stored) == 40
+    assert {r.events[0] for r in results} == set(stored)
+
+
+async def test_unknown_only_when_the_database_stays_away(
+    start_service: StartService, proxy: PostgresProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the database away for too long the answer is COMMIT_OUTCOME_UNKNOWN; a retry with the key finds the event."""
+    monkeypatch.setattr(sequencer, "_RESOLVE", 0.3)
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    event = NewEvent(idempotency_key="k")
+    proxy.cut_before_server_says(COMMITTED, stay_away=True)
+    with pytest.raises(CommitOutcomeUnknown) as caught:
+        await append(service, session_id, event)
+    assert caught.value.may_have_been_written
+    proxy.come_back()
+    again = await append(service, session_id, event)
+    assert again.replayed
+    assert await read_checked(reader, session_id) == again.events
+
+
+async def test_terminated_in_the_middle_of_the_commit(start_service: StartService, database_url: str) -> None:
+    """A backend that is terminated while it commits: the append is carried out again, once."""
+    service = start_service()
+    session_id = await new_session(service)
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        # A deferred trigger runs within COMMIT. This one is slow the first time.
+        await connection.execute("CREATE SEQUENCE commits")
+        await connection.execute(
+            "CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF nextval('commits') = 1 THEN PERFORM pg_sleep(60); END IF; RETURN NULL; END $$"
+        )
+        await connection.execute(
+            "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON collab_events DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION slow_commit()"
+        )
+        task = asyncio.create_task(append(service, session_id, NewEvent(type="a")))
+
+        async def terminated() -> bool:
+            cursor = await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event = 'PgSleep'"
+            )
+            return bool(await cursor.fetchall())
+
+        await until(terminated, "the commit")
+        appended = await task
+    assert await read_checked(service, session_id) == appended.events
+
+
+async def test_a_commit_that_gave_up_waiting_for_a_standby_is_unknown(
+    start_service: StartService, directory: Path
+) -> None:
+    """Committed here but perhaps nowhere else is not acknowledged: a fail-over could lose it."""
+    account = postgres_account()
+    assert account is not None
+    data = DataDirectory(directory / "data", account)
+    cluster = Cluster(data)
+    cluster.start()
+    try:
+        schema.migrate(cluster.url)
+        service = start_service(cluster.url)
+        session_id = await new_session(service)
+        async with await psycopg.AsyncConnection.connect(cluster.url, autocommit=True) as connection:
+            await connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nowhere'")
+            await connection.execute("SELECT pg_reload_conf()")
+
+            async def cancelled() -> bool:
+                cursor = await connection.execute(
+                    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+                )
+                return bool(await cursor.fetchall())
+
+            task: asyncio.Task[Appended] | None = None
+
+            async def appending() -> bool:
+                nonlocal task
+                # Until the setting has arrived everywhere, commits succeed.
+                if task is None or (task.done() and not task.exception()):
+                    task = asyncio.create_task(append(service, session_id, NewEvent()))
+                return await cancelled()
+
+            await until(appending, "waiting for the standby")
+            assert task is not None
+            with pytest.raises(CommitOutcomeUnknown):
+                await task
+            await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await connection.execute("SELECT pg_reload_conf()")
+    finally:
+        cluster.stop()
+        data.release()

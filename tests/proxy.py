@@ -1,0 +1,99 @@
+"""A proxy between the service and PostgreSQL that loses connections at a chosen moment."""
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Self
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+COMMITTED = b"C\0\0\0\x0bCOMMIT\0"
+"""The server's message that a COMMIT was carried out."""
+INSERTING = b"\0insert\0"
+"""Part of the client's message that binds the insert of events."""
+
+
+class PostgresProxy:
+    """Passes bytes on until it is told to cut."""
+
+    def __init__(self, url: str) -> None:
+        self._target = conninfo_to_dict(url)
+        self._directory = Path(tempfile.mkdtemp(prefix="collab-proxy-"))
+        self.url = make_conninfo(url, host=str(self._directory))
+        self._client_word: bytes | None = None
+        self._server_word: bytes | None = None
+        self._refusing = False
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.cuts = 0
+
+    def cut_before_client_says(self, word: bytes) -> None:
+        """Lose the next connection when the client sends `word`, which does not get through."""
+        self._client_word = word
+
+    def cut_before_server_says(self, word: bytes, *, stay_away: bool = False) -> None:
+        """Lose the next connection when the server sends `word`, which does not get through.
+
+        Args:
+            word: The bytes.
+            stay_away: Refuse connections from then on, until `come_back`.
+        """
+        self._server_word = word
+        self._stay_away = stay_away
+
+    def come_back(self) -> None:
+        """Accept connections again."""
+        self._refusing = False
+
+    async def __aenter__(self) -> Self:
+        name = f".s.PGSQL.{self._target.get('port') or 5432}"
+        self._server = await asyncio.start_unix_server(self._accept, self._directory / name)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for writer in self._connections:
+            writer.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        shutil.rmtree(self._directory)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.close()
+            return
+        path = f"{self._target['host']}/.s.PGSQL.{self._target.get('port') or 5432}"
+        server_reader, server_writer = await asyncio.open_unix_connection(path)
+        pair = (writer, server_writer)
+        self._connections.update(pair)
+        for source, sink, from_server in ((reader, server_writer, False), (server_reader, writer, True)):
+            task = asyncio.create_task(self._pump(source, sink, pair, from_server), name="proxy-pump")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        from_server: bool,
+    ) -> None:
+        try:
+            while data := await source.read(65536):
+                if from_server and self._server_word is not None and self._server_word in data:
+                    self._server_word = None
+                    self._refusing = self._stay_away
+                    self.cuts += 1
+                    return
+                if not from_server and self._client_word is not None and self._client_word in data:
+                    self._client_word = None
+                    self.cuts += 1
+                    return
+                sink.write(data)
+                await sink.drain()
+        except OSError:
+            pass
+        finally:
+            for writer in pair:
+                writer.close()
+            self._connections.difference_update(pair)
