@@ -65,17 +65,18 @@ class ServeProcess:
             self._ended = True
             self._changed.notify_all()
 
-    def wait_for(self, event: str, seconds: float = START_SECONDS) -> dict[str, Any]:
-        """Wait for a log line whose message is `event`, and return it."""
+    def wait_for(self, event: str, seconds: float = START_SECONDS, **fields: Any) -> dict[str, Any]:
+        """Wait for a log line with the message `event` and the given fields, and return it."""
+        wanted = {"event": event, **fields}
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
                 for line in self.lines:
-                    if line.get("event") == event:
+                    if wanted.items() <= line.items():
                         return line
                 left = deadline - time.monotonic()
                 if self._ended or left <= 0:
-                    raise AssertionError(f"no line {event!r} in {self.lines}")
+                    raise AssertionError(f"no line with {wanted} in {self.lines}")
                 self._changed.wait(left)
 
     @property

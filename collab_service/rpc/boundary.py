@@ -16,7 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from collab_service.model.errors import CollabError, InvalidArgument, Violation
+from collab_service.model.errors import CollabError, InvalidArgument, ShuttingDown, Violation
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 
 _log = structlog.get_logger(__name__)
@@ -37,6 +37,7 @@ class Boundary:
 
     def __init__(self) -> None:
         self._calls = 0
+        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -48,6 +49,8 @@ class Boundary:
         name = method.name
 
         async def call(data: bytes, context: Context) -> Any:
+            if self._draining:
+                return await _fail(name, context, ShuttingDown())
             self._calls += 1
             self._idle.clear()
             try:
@@ -72,8 +75,9 @@ class Boundary:
             return grpc.unary_stream_rpc_method_handler(call, response_serializer=encode)
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
 
-    async def idle(self) -> None:
-        """Wait until no call is in progress."""
+    async def drain(self) -> None:
+        """Refuse calls from now on, and wait until those in progress have finished."""
+        self._draining = True
         await self._idle.wait()
 
 

@@ -22,6 +22,10 @@ _log = structlog.get_logger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["CollabService"]
 
 _MINUTE_MS = 60_000
+_LINGER = 0.5
+"""Seconds to go on refusing new calls before the port closes."""
+_FLUSH = 1.0
+"""Seconds for the last answers to get out, once the calls are done."""
 
 
 class AddressError(Exception):
@@ -92,17 +96,17 @@ class Server:
         """Stop so that nothing acknowledged is lost, and nothing in progress cut within `grace` seconds."""
         # 1. Not ready: load balancers send nothing new.
         await self._health.drain()
-        # 2. No new calls; those in progress finish.
+        # 2. New calls are refused with a reason, and those in progress finish. That goes on for a moment before the port
+        # closes: grpc itself refuses by cancelling calls that have arrived but not begun, which tells nobody why.
+        try:
+            async with asyncio.timeout(grace):
+                await self._boundary.drain()
+                await asyncio.sleep(_LINGER)
+        except TimeoutError:
+            _log.warning("the grace period is over", grace_seconds=grace)
+        # 3. The port closes. Streams that only watch (health, reflection) are not waited for.
         if self._grpc is not None:
-            closing = asyncio.create_task(self._grpc.stop(grace), name="grpc-stop")
-            try:
-                async with asyncio.timeout(grace):
-                    await self._boundary.idle()
-            except TimeoutError:
-                _log.warning("calls were cut off at the end of the grace period", grace_seconds=grace)
-            # 3. Streams that only watch (health, reflection) need no grace.
-            await self._grpc.stop(0)
-            await closing
+            await self._grpc.stop(min(_FLUSH, grace))
         await self._tasks.cancel()
         # 4. The sequencer writes what waits; then the pool closes.
         await self._service.stop(grace)

@@ -1,5 +1,7 @@
 """Writing and reading logs in the tests."""
 
+from itertools import pairwise
+
 from collab_service.log.decide import Appended, AppendRequest
 from collab_service.log.service import LogService
 from collab_service.model import Event, NewEvent
@@ -26,7 +28,7 @@ async def read_checked(service: LogService, session_id: int) -> list[Event]:
     """Read a session from the beginning and check what always holds: numbers, times and the chain."""
     events = await read_all(service, session_id)
     assert [event.server_seq for event in events] == list(range(1, len(events) + 1))
-    assert all(earlier.created_at <= later.created_at for earlier, later in zip(events, events[1:], strict=False))
+    assert all(earlier.created_at <= later.created_at for earlier, later in pairwise(events))
     assert first_broken_link(chain_start(session_id), events) is None
     assert len({event.id for event in events}) == len(events)
     return events

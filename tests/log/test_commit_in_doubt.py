@@ -63,7 +63,7 @@ async def test_the_numbers_in_doubt_are_taken_by_nobody_else(start_service: Star
 async def test_unknown_only_when_the_database_stays_away(
     start_service: StartService, proxy: PostgresProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the database away for too long the answer is COMMIT_OUTCOME_UNKNOWN; a retry with the key finds the event."""
+    """Only with the database away for long is the outcome unknown; a retry with the key then finds the event."""
     monkeypatch.setattr(sequencer, "_RESOLVE", 0.3)
     service, reader = start_service(proxy.url), start_service()
     session_id = await new_session(service)
