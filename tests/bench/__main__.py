@@ -1,0 +1,144 @@
+"""`make bench`: figures with floors, each as a ratio to a reference measured beside it in the same run."""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import psycopg
+
+from collab_service.storage import schema
+from collab_service.storage.embedded import Cluster, DataDirectory
+from collab_service.storage.embedded.accounts import postgres_account
+from collab_service.v1 import collab_service_pb2 as pb
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
+from tests.bench import load
+from tests.processes import ServeProcess
+
+REPEATS = 3
+UNARY_FLOOR = 5.0
+MEMORY_FLOOR_MB = 50
+OLD_SNAPSHOT_FLOOR = 0.8
+EVENTS = 1_000_000
+
+
+class Bench:
+    """A service, its PostgreSQL, and what was found below its floor."""
+
+    def __init__(self, cluster: Cluster, server: ServeProcess) -> None:
+        self.cluster = cluster
+        self.server = server
+        self.address = server.grpc_address
+        self.failed = False
+
+    def new_session(self) -> int:
+        """Create a session."""
+        with grpc.insecure_channel(self.address) as channel:
+            return CollabServiceStub(channel).CreateSession(pb.CreateSessionRequest()).session.id
+
+    def tell(self, what: str, figure: str, floor: str, holds: bool) -> None:
+        """Print a figure beside its floor."""
+        self.failed |= not holds
+        print(f"  {what:<58} {figure:>16}   {floor:<12} {'ok' if holds else 'BELOW ITS FLOOR'}", flush=True)
+
+    def unary(self) -> None:
+        """64 unary writers on one session, against pgbench with the naive transaction."""
+        print(f"64 writers on one session, 200-byte payloads, medians of {REPEATS} runs in turn:")
+        naive, ours, lone = [], [], []
+        load.append_rate(self.address, self.new_session(), 3)  # warm
+        for _ in range(REPEATS):
+            naive.append(load.naive_rate(self.cluster, self.cluster.url, self.new_session(), 8))
+            ours.append(load.append_rate(self.address, self.new_session(), 8))
+            lone.append(load.append_rate(self.address, self.new_session(), 3, writers=1))
+        reference, rate = statistics.median(naive), statistics.median(ours)
+        print(f"  {'pgbench, a transaction an event':<58} {reference:>14,.0f}/s   {spread(naive)}")
+        print(f"  {'AppendEvent':<58} {rate:>14,.0f}/s   {spread(ours)}")
+        print(f"  {'AppendEvent, a single writer':<58} {statistics.median(lone):>14,.0f}/s   {spread(lone)}")
+        ratio = rate / reference
+        self.tell("AppendEvent / pgbench", f"{ratio:.2f}", f">= {UNARY_FLOOR}", ratio >= UNARY_FLOOR)
+
+    def reading(self) -> None:
+        """A million events read back, and the server's memory meanwhile."""
+        print(f"\n{EVENTS:,} events read back with ListEvents:")
+        session = self.new_session()
+        batch = [pb.NewEvent(actor_id="ada", type="edit", json=load.PAYLOAD)] * 1000
+        with grpc.insecure_channel(self.address) as channel:
+            stub = CollabServiceStub(channel)
+            for _ in range(EVENTS // 1000):
+                stub.AppendEvents(pb.AppendEventsRequest(session_id=session, events=batch))
+        count, seconds, grown = load.read_all(self.address, session, self.server.process.pid)
+        print(f"  {'events per second, decoded by a Python client':<58} {count / seconds:>14,.0f}/s")
+        whole = count == EVENTS
+        self.tell("the server's resident memory grew by", f"{grown / 1024:.1f} MB", f"<= {MEMORY_FLOOR_MB} MB",
+                  whole and grown <= MEMORY_FLOOR_MB * 1024)  # fmt: skip
+
+    def old_snapshot(self) -> None:
+        """The append rate with another transaction open for a minute."""
+        print("\n64 writers on one session while another transaction stays open:")
+        session = self.new_session()
+        with psycopg.connect(self.cluster.url) as other:
+            other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            other.execute("SELECT count(*) FROM collab_sessions")
+            first = load.append_rate(self.address, session, 10)
+            load.append_rate(self.address, session, 40)
+            last = load.append_rate(self.address, session, 10)
+        print(f"  {'in the first ten seconds':<58} {first:>14,.0f}/s")
+        print(f"  {'in the last ten seconds of a minute':<58} {last:>14,.0f}/s")
+        ratio = last / first
+        self.tell("last / first", f"{ratio:.2f}", f">= {OLD_SNAPSHOT_FLOOR}", ratio >= OLD_SNAPSHOT_FLOOR)
+
+
+def spread(values: list[float]) -> str:
+    """Return the lowest and the highest of some rates."""
+    return f"({min(values):,.0f} to {max(values):,.0f})"
+
+
+@contextmanager
+def running() -> Iterator[Bench]:
+    """Start a PostgreSQL and a service in front of it."""
+    directory = Path(tempfile.mkdtemp(prefix="collab-bench-"))
+    directory.chmod(0o711)
+    account = postgres_account()
+    if account is None:
+        raise SystemExit("PostgreSQL needs a user other than root, such as nobody")
+    data = DataDirectory(directory / "data", account)
+    cluster = Cluster(data)
+    try:
+        cluster.start("max_connections=200")
+        schema.migrate(cluster.url)
+        with ServeProcess("--database-url", cluster.url, cwd=directory) as server:
+            yield Bench(cluster, server)
+    finally:
+        cluster.stop()
+        data.release()
+        shutil.rmtree(directory)
+
+
+def main() -> int:
+    """Run the benchmarks; return 1 when one is below its floor."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("only", nargs="*", choices=["unary", "reading", "old_snapshot", []], help="which ones")
+    chosen = parser.parse_args().only
+    version = subprocess.run(["uname", "-sm"], capture_output=True, text=True, check=False).stdout.strip()
+    print(f"{os.cpu_count()} cores, {version}, Python {sys.version.split()[0]}; load by {load.load_generator()}\n")
+    with running() as bench:
+        every: dict[str, Callable[[], None]] = {
+            "unary": bench.unary,
+            "reading": bench.reading,
+            "old_snapshot": bench.old_snapshot,
+        }
+        for name, run in every.items():
+            if not chosen or name in chosen:
+                run()
+        return int(bench.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
