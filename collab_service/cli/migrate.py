@@ -4,8 +4,10 @@ import typer
 
 from collab_service.cli.failure import CommandError
 from collab_service.cli.settings import DatabaseUrl
+from collab_service.model.errors import StorageUnavailable
 from collab_service.storage import schema
 from collab_service.storage.database import url_problem
+from collab_service.storage.driver_errors import cause_of
 
 
 def migrate(database_url: DatabaseUrl = None) -> None:
@@ -20,7 +22,10 @@ def migrate(database_url: DatabaseUrl = None) -> None:
     if not database_url:
         raise CommandError("which database? Give --database-url or set COLLAB_DATABASE_URL")
     check_database_url(database_url)
-    before, after = schema.migrate(database_url)
+    try:
+        before, after = schema.migrate(database_url)
+    except StorageUnavailable as error:
+        raise CommandError(f"the database could not be migrated: {cause_of(error)}") from error
     if before == after:
         typer.echo(f"The schema is up to date (revision {after}).")
     else:

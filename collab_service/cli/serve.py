@@ -27,6 +27,7 @@ from collab_service.model import Limits, QueueLimits
 from collab_service.model.errors import StorageUnavailable
 from collab_service.rpc.server import Server, is_loopback, split_address
 from collab_service.storage import schema
+from collab_service.storage.driver_errors import cause_of
 from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.storage.schema import SchemaState
@@ -263,7 +264,7 @@ async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
         try:
             state = await asyncio.to_thread(schema.schema_state, url)
         except StorageUnavailable as error:
-            cause = str(error.__cause__ or error).strip()
+            cause = cause_of(error)
             if cause != told:
                 _log.warning("waiting for the database", cause=cause)
                 told = cause

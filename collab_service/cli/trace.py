@@ -6,6 +6,7 @@ of [position, deleted, inserted], applied one after another. Positions count Uni
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_trace(path: Path) -> Trace:
         return Trace(str(found["startContent"]), str(found["endContent"]), transactions)
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror or error}") from error
-    except (EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (EOFError, zlib.error, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CommandError(
             f"{path} is no recording: it should be gzipped JSON with startContent, endContent and txns"
         ) from error

@@ -7,6 +7,7 @@ event's time.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 
@@ -18,8 +19,11 @@ from collab_service.storage.repository import sessions
 _log = structlog.get_logger(__name__)
 
 _INTERVAL = 1.0
-_LOCK_WAIT = 1.0
 _AT_ONCE = 1_000
+"""Sessions in a transaction."""
+_LOCK_WAIT = 0.1
+_WAITED_FOR = 10
+"""Sessions whose rows are waited for in a flush, each for so long at most."""
 
 
 class ActivityWriter:
@@ -52,21 +56,24 @@ class ActivityWriter:
         """
         async with self._flushing:
             times, self._times = self._times, {}
-            ids = sorted(times)
+            ids = list(times)
             try:
-                while ids:
-                    await self._write({session_id: times[session_id] for session_id in ids[:_AT_ONCE]})
-                    del ids[:_AT_ONCE]
+                for start in range(0, len(ids), _AT_ONCE):
+                    some = {session_id: times[session_id] for session_id in ids[start : start + _AT_ONCE]}
+                    async with self._database.transaction() as connection:
+                        written = await sessions.record_activity(connection, some, wait=False)
+                    for session_id in written:
+                        del times[session_id]
+                # What is left is gone or held by others: one by one, so that one that is stuck holds up no other.
+                for session_id in list(times)[:_WAITED_FOR]:
+                    await self._wait_and_write(session_id, times)
             finally:
-                for session_id in ids:
-                    self._times.setdefault(session_id, times[session_id])
+                for session_id, at in times.items():
+                    self._times.setdefault(session_id, at)
 
-    async def _write(self, times: dict[int, int]) -> None:
-        try:
+    async def _wait_and_write(self, session_id: int, times: dict[int, int]) -> None:
+        with suppress(LockTimeout):
             async with self._database.transaction() as connection:
                 await sessions.set_lock_timeout(connection, _LOCK_WAIT)
-                await sessions.record_activity(connection, times)
-        except LockTimeout:
-            # Somebody holds one of them; the others need not wait for that.
-            async with self._database.transaction() as connection:
-                await sessions.record_activity(connection, times, wait=False)
+                await sessions.record_activity(connection, {session_id: times[session_id]})
+            del times[session_id]

@@ -1,7 +1,7 @@
 """What becomes of an append: decided here, without any I/O, one request after the other.
 
-A session's row is locked while this runs, so what is known of it cannot change. Requests of one transaction see each
-other: the second one's numbers follow the first one's, and a key that the first one stored is known to the second.
+A session's row is locked while this runs, so what is known of it cannot change. The requests of one transaction follow
+each other: the second one's numbers come after the first one's. No two of them carry the same idempotency key.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,8 @@ class AppendRequest(Struct, frozen=True):
 
     session_id: int
     events: Sequence[NewEvent]
-    payload_bytes: int
+    size: int
+    """Its weight in the queue, in bytes."""
     expected_last_server_seq: int | None = None
 
     def idempotency_keys(self) -> Iterator[tuple[int, str]]:
@@ -76,16 +77,11 @@ class SessionState(Struct):
 
     def _replay(self, request: AppendRequest, known: list[tuple[int, int]]) -> Decision:
         first = replay_start(known)
-        events = [event for i in range(len(request.events)) if (event := self._event_at(first + i)) is not None]
+        numbers = range(first, first + len(request.events))
+        events = [event for number in numbers if (event := self.stored.get(number)) is not None]
         if [event.content for event in events] == list(request.events):
             return Appended(events, replayed=True)
         return IdempotencyKeyReused(index for index, _ in known)
-
-    def _event_at(self, server_seq: int) -> Event | None:
-        if self.added and server_seq >= self.added[0].server_seq:
-            place = server_seq - self.added[0].server_seq
-            return self.added[place] if place < len(self.added) else None
-        return self.stored.get(server_seq)
 
     def _accept(self, request: AppendRequest, digests: Sequence[bytes], now: int, ids: Iterator[int]) -> Appended:
         session_id, head = self.session_id, self.head
@@ -97,8 +93,6 @@ class SessionState(Struct):
             seq += 1
             chain_hash = chain_next(chain_hash, session_id, seq, time, digest)
             events.append(Event(next(ids), session_id, seq, time, chain_hash, content))
-            if content.idempotency_key is not None:
-                self.known_keys[content.idempotency_key] = seq
         self.head = Head(seq, time, chain_hash)
         self.added += events
         return Appended(events, replayed=False)

@@ -1,6 +1,7 @@
 """Appends that wait to be written: bounded, and fair by session."""
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from itertools import islice
 
@@ -19,6 +20,8 @@ class Pending(Struct, eq=False):
     size: int
     """Bytes of payloads, and a little for each event."""
     answer: "asyncio.Future[Decision]"
+    give_up_at: float = math.inf
+    """On the loop's clock: until when to wait for the session's row, once somebody else was found to hold it."""
 
 
 class _Line(Struct, eq=False):
@@ -73,19 +76,24 @@ class AppendQueue:
             line.pending.appendleft(pending)
             self._count(line, pending.size, 1)
 
-    def remove(self, pending: Pending) -> None:
-        """Take out a request whose caller has left; nothing happens when it is not waiting any more."""
+    def remove(self, pending: Pending) -> bool:
+        """Take out a request, as when its caller has left; False when it is not waiting (any more)."""
         session_id = pending.request.session_id
         line = self._ready.get(session_id) or self._held.get(session_id)
         if line is None or pending not in line.pending:
-            return
+            return False
         line.pending.remove(pending)
         self._count(line, -pending.size, -1)
         if not line.pending:
             self._ready.pop(session_id, None)
+        return True
+
+    def is_held(self, session_id: int) -> bool:
+        """Tell whether a session is on hold."""
+        return session_id in self._held
 
     def hold(self, session_id: int) -> None:
-        """Keep a session's requests from `take`, until `release`."""
+        """Keep the requests of a session, which is not on hold yet, from `take`, until `release`."""
         line = self._ready.pop(session_id, None) or _Line(deque())
         self.ready -= len(line.pending)
         line.held = True

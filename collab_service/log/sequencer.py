@@ -16,13 +16,17 @@ What fails:
 * Before the commit was sent, nothing is stored. A conflict or a lost connection is tried again; an unexpected error
   makes the requests be tried one by one, so that a poisoned one takes no other down with it.
 * When the connection is lost during the commit, nobody knows its outcome. The session's lock is taken again: then the
-  old transaction has ended, one way or the other, and the event at our first number tells which.
+  old transaction has ended, one way or the other, and the event at our first number tells which. Until that is known
+  for certain, nothing is tried again.
+* A commit that comes with a warning was carried out here, but no longer waited for a synchronous standby. A fail-over
+  could still lose it, so nobody is told that it is stored.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import psycopg
 import structlog
@@ -36,9 +40,9 @@ from collab_service.model.errors import (
     CollabError,
     CommitOutcomeUnknown,
     DatabaseUnreachable,
+    LockTimeout,
     SessionNotFound,
     ShuttingDown,
-    StorageUnavailable,
     TransactionConflict,
 )
 from collab_service.storage.database import Database
@@ -50,13 +54,14 @@ from collab_service.storage.times import now_micros
 _log = structlog.get_logger(__name__)
 
 _EVENT_BYTES = 256
-"""What an event weighs in the queue besides its payload, roughly."""
+"""What an event weighs in the queue besides its content, roughly."""
 _TRANSACTION_EVENTS = 1_000
 _TRANSACTION_BYTES = 8 * 1024 * 1024
-_TRANSACTION_SESSIONS = 1_000
 _ATTEMPTS = 3
 _LOCK_WAIT = 10.0
 """Seconds to wait for a session that somebody else holds."""
+_LOCK_TURN = 0.2
+"""Seconds of that at a time, so that a session that is stuck does not keep the others from waiting."""
 _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
 _GATHER = 0.003
@@ -97,6 +102,7 @@ class Sequencer:
             clock: The time in microseconds.
         """
         self._database = database
+        self._limits = limits
         self._queue = AppendQueue(limits)
         self._tasks = tasks
         self._on_stored = on_stored
@@ -123,7 +129,7 @@ class Sequencer:
         """
         if self._closing:
             raise ShuttingDown
-        size = request.payload_bytes + _EVENT_BYTES * len(request.events)
+        size = request.size + _EVENT_BYTES * len(request.events)
         answer: asyncio.Future[Decision] = self._loop.create_future()
         pending = Pending(request, list(map(content_digest, request.events)), size, answer)
         self._queue.put(pending)
@@ -131,6 +137,7 @@ class Sequencer:
             decision = await answer
         except asyncio.CancelledError:
             self._queue.remove(pending)
+            self._wrote.set()
             raise
         if isinstance(decision, Appended):
             return decision
@@ -161,7 +168,7 @@ class Sequencer:
         while True:
             await self._gather()
             batch = self._queue.take(
-                events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES, sessions=_TRANSACTION_SESSIONS
+                events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES, sessions=self._limits.transaction_sessions
             )
             active = len(batch)
             await self._write(batch)
@@ -184,19 +191,31 @@ class Sequencer:
     async def _write_held(self, session_id: int) -> None:
         """Write what waits for one session, once whoever holds it lets go."""
         try:
-            async with self._held_slots:
-                batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
-                await self._write(batch, wait_seconds=_LOCK_WAIT)
+            done = False
+            while not done:
+                async with self._held_slots:
+                    batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
+                    done = await self._write(batch, wait_seconds=_LOCK_TURN)
         finally:
             self._queue.release(session_id)
 
-    async def _write(self, batch: list[Pending], *, wait_seconds: float | None = None) -> None:
-        """Write requests in one transaction and answer them; when that fails, tell them, or try them one by one."""
+    async def _write(self, batch: list[Pending], *, wait_seconds: float | None = None) -> bool:
+        """Write requests in one transaction and answer them; when that fails, tell them, or try them one by one.
+
+        False when the lock was not to be had in `wait_seconds`: those who can wait longer are back in the queue.
+        """
         mine = list(batch)
         self._writing.update(mine)
         try:
             if batch:
                 await self._write_with_retries(batch, wait_seconds)
+        except LockTimeout as error:
+            now = self._loop.time()
+            for pending in batch:
+                pending.give_up_at = min(pending.give_up_at, now + _LOCK_WAIT)
+            _fail([pending for pending in batch if pending.give_up_at <= now], error)
+            self._queue.put_back([pending for pending in batch if not pending.answer.done()])
+            return False
         except CollabError as error:
             _fail(batch, error)
         except Exception as error:
@@ -204,11 +223,24 @@ class Sequencer:
                 _fail(batch, error)
             else:
                 _log.warning("an append transaction failed, its requests are tried one by one", cause=repr(error))
-                for pending in batch:
-                    await self._write([pending], wait_seconds=wait_seconds)
+                await self._write_one_by_one(batch, wait_seconds)
         finally:
             self._writing.difference_update(mine)
             self._wrote.set()
+        return True
+
+    async def _write_one_by_one(self, batch: list[Pending], wait_seconds: float | None) -> None:
+        left = deque(batch)
+        while left:
+            pending = left.popleft()
+            session_id = pending.request.session_id
+            await self._write([pending], wait_seconds=wait_seconds)
+            if not pending.answer.done() or (wait_seconds is None and self._queue.is_held(session_id)):
+                # It was put off, so those behind it in its session are, too; they keep their order.
+                behind = [other for other in left if other.request.session_id == session_id]
+                left = deque(other for other in left if other.request.session_id != session_id)
+                first = [pending] if self._queue.remove(pending) else []
+                self._queue.put_back(first + behind)
 
     async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -228,22 +260,45 @@ class Sequencer:
 
     async def _transact(self, batch: list[Pending], wait_seconds: float | None) -> None:
         """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list."""
+        keys = _keys_of(batch)
+        if len(set(keys)) < len(keys):
+            self._put_off_repeated_keys(batch)
+            keys = _keys_of(batch)
         async with self._connection() as connection:
             locked = await appending.lock_sessions(
                 connection,
                 {pending.request.session_id for pending in batch},
-                [(p.request.session_id, key) for p in batch for _, key in p.request.idempotency_keys()],
+                keys,
                 new_ids=sum(len(pending.request.events) for pending in batch),
                 wait_seconds=wait_seconds,
             )
             self._put_off(batch, locked.held)
             batch[:] = [pending for pending in batch if not pending.answer.done()]
             decisions, events = await self._decide(connection, batch, locked)
-            if events:
+            if events or any(isinstance(decision, Appended) for _, decision in decisions):
+                # Also when it holds nothing but replays: what they found is acknowledged, so it has to be everywhere
+                # where a commit waits for it to be.
                 await self._commit(connection, events, decisions)
             else:
                 await connection.run(appending.ROLLBACK)
         self._answer(decisions, events)
+
+    def _put_off_repeated_keys(self, batch: list[Pending]) -> None:
+        """Leave a request with a key that another in the batch has to a later transaction, which can look it up.
+
+        With it go those behind it in its session, which keep their order.
+        """
+        seen: set[tuple[int, str]] = set()
+        put_off: dict[int, list[Pending]] = {}
+        for pending in batch:
+            session_id = pending.request.session_id
+            keys = {(session_id, key) for _, key in pending.request.idempotency_keys()}
+            if session_id in put_off or not seen.isdisjoint(keys):
+                put_off.setdefault(session_id, []).append(pending)
+            seen |= keys
+        for later in put_off.values():
+            self._queue.put_back(later)
+            batch[:] = [pending for pending in batch if pending not in later]
 
     def _put_off(self, batch: list[Pending], held: set[int]) -> None:
         """Let requests for sessions that somebody else holds wait apart."""
@@ -282,12 +337,9 @@ class Sequencer:
         except psycopg.Error as error:
             if connection.usable:
                 raise  # the server said that it failed
-            raise _InDoubt(events, decisions) from error
-        if connection.warnings:
-            # The server committed here, but gave up waiting for a synchronous standby: a fail-over could still lose the
-            # events, so nobody is told that they are stored.
-            _log.error("a commit came with a warning", warning=connection.warnings[0])
-            raise CommitOutcomeUnknown
+            if not connection.warnings:
+                raise _InDoubt(events, decisions) from error
+        _refuse_warnings(connection)
 
     def _answer(self, decisions: Decisions, stored: Sequence[Event]) -> None:
         """Tell everybody what became of their request; the transaction is committed."""
@@ -298,7 +350,7 @@ class Sequencer:
                 pending.answer.set_result(decision)
 
     async def _took_place(self, doubt: _InDoubt) -> bool:
-        """Find out whether a commit in doubt took place.
+        """Find out whether a commit in doubt took place. Whatever goes wrong meanwhile, the answer is never a guess.
 
         Raises:
             CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
@@ -306,14 +358,18 @@ class Sequencer:
         _log.warning("the connection was lost during a commit", events=len(doubt.events))
         firsts = list({event.session_id: event for event in reversed(doubt.events)}.values())
         deadline = time.monotonic() + _RESOLVE
-        pause = 0.05
+        pause = 0.02
         while any(not pending.answer.done() for pending, _ in doubt.decisions) and time.monotonic() < deadline:
             try:
                 async with self._connection() as connection:
-                    return await _is_stored(connection, firsts)
-            except StorageUnavailable:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 1.0)
+                    if (answer := await _is_stored(connection, firsts)) is not None:
+                        return answer
+            except CommitOutcomeUnknown:
+                raise
+            except Exception as error:
+                _log.info("the outcome of a commit is still unknown", cause=repr(error.__cause__ or error))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
         raise CommitOutcomeUnknown
 
     @asynccontextmanager
@@ -326,7 +382,8 @@ class Sequencer:
             try:
                 yield connection
             except BaseException:
-                if connection.usable:
+                # The error to tell is the one that happened, not one of cleaning up after it.
+                with suppress(psycopg.Error):
                     await connection.run(appending.ROLLBACK)
                 raise
             finally:
@@ -334,18 +391,34 @@ class Sequencer:
                     self._idle_connections.append(connection)
 
 
-async def _is_stored(connection: PipelineConnection, firsts: Sequence[Event]) -> bool:
-    """Tell whether a transaction took place, by the first event that it would have added to each of its sessions."""
-    sessions = [event.session_id for event in firsts]
-    locked = await appending.lock_sessions(connection, sessions, [], new_ids=1, wait_seconds=_LOCK_WAIT)
-    # With a lock ours, the transaction in doubt has ended, and no other has taken its numbers since.
+async def _is_stored(connection: PipelineConnection, firsts: Sequence[Event]) -> bool | None:
+    """Tell whether a transaction took place, by the first event that it would have added to each of its sessions.
+
+    None when others hold those sessions just now. The lock of one is enough: once it is ours, the transaction in doubt
+    has ended, and no other has taken its numbers since.
+    """
+    locked = await appending.lock_sessions(connection, [event.session_id for event in firsts], [], new_ids=1)
     first = next((event for event in firsts if event.session_id in locked.heads), None)
     if first is None:
+        await connection.run(appending.ROLLBACK)
+        if locked.held:
+            return None
         raise CommitOutcomeUnknown
     place = (first.session_id, first.server_seq)
     stored = await appending.read_stored(connection, [(*place, first.server_seq)])
-    await connection.run(appending.ROLLBACK)
+    await connection.run(appending.COMMIT)
+    _refuse_warnings(connection)
     return place in stored and stored[place].chain_hash == first.chain_hash
+
+
+def _keys_of(batch: Sequence[Pending]) -> list[tuple[int, str]]:
+    return [(pending.request.session_id, key) for pending in batch for _, key in pending.request.idempotency_keys()]
+
+
+def _refuse_warnings(connection: PipelineConnection) -> None:
+    if connection.warnings:
+        _log.error("a commit came with a warning", warning=connection.warnings[0])
+        raise CommitOutcomeUnknown
 
 
 async def _read_replayed(

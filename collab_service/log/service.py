@@ -7,12 +7,11 @@ from collab_service.config import Config
 from collab_service.log.activity import ActivityWriter
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.decide import Appended, AppendRequest
-from collab_service.log.page_token import make_page_token, read_page_token
 from collab_service.log.reading import Page, read_to_head
 from collab_service.log.removal import Remover
 from collab_service.log.sequencer import Sequencer
-from collab_service.model import Session
-from collab_service.model.errors import CollabError, SessionNotFound
+from collab_service.model import ListPosition, Session
+from collab_service.model.errors import CollabError, CommitOutcomeUnknown, SessionNotFound, StorageUnavailable
 from collab_service.storage.database import Database, Pulse
 from collab_service.storage.repository import sessions
 from collab_service.storage.times import now_micros
@@ -74,38 +73,39 @@ class LogService:
                     return _found(await sessions.get_session(connection, session_id), session_id=session_id), True
             # In a transaction of its own, which sees what the winner of a race has committed. A session that is
             # deleted in between has left the room free.
-            async with self._database.transaction() as connection:
+            async with self._database.reading() as connection:
                 if room is not None and (session := await sessions.get_session_by_room(connection, room)) is not None:
                     return session, False
 
     async def get_session(self, session_id: int) -> Session:
         """Return a session by its id; raises `SessionNotFound`."""
-        async with self._database.transaction() as connection:
+        async with self._database.reading() as connection:
             return _found(await sessions.get_session(connection, session_id), session_id=session_id)
 
     async def get_session_by_room(self, room: str) -> Session:
         """Return a session by its room; raises `SessionNotFound`."""
-        async with self._database.transaction() as connection:
+        async with self._database.reading() as connection:
             return _found(await sessions.get_session_by_room(connection, room), room=room)
 
     async def list_sessions(
-        self, *, language_id: int | None, owner_id: str | None, page_size: int, page_token: str
-    ) -> tuple[list[Session], str]:
-        """Return a page of sessions, the most recently active first, and the next page's token, empty at the end.
+        self, *, language_id: int | None, owner_id: str | None, after: ListPosition | None, count: int
+    ) -> tuple[list[Session], ListPosition | None]:
+        """Return the next sessions, the most recently active first, and the place to go on at, if there are more.
 
-        Raises:
-            InvalidArgument: The page token is none of ours, or was made with other filters.
+        Args:
+            language_id: Only sessions with this language.
+            owner_id: Only sessions of this owner.
+            after: The place that the page before returned; None for the first page.
+            count: How many at most.
         """
-        filters = (language_id, owner_id)
-        after = read_page_token(page_token, filters) if page_token else None
         if after is None:
             await self._activity.flush()  # so that the order is that of what was appended a moment ago
-        async with self._database.transaction() as connection:
+        async with self._database.reading() as connection:
             found = await sessions.list_sessions(
-                connection, language_id=language_id, owner_id=owner_id, after=after, count=page_size + 1
+                connection, language_id=language_id, owner_id=owner_id, after=after, count=count + 1
             )
-        page = found[:page_size]
-        return [session for session, _ in page], make_page_token(page[-1][1], filters) if found != page else ""
+        page = found[:count]
+        return [session for session, _ in page], page[-1][1] if found != page else None
 
     async def touch_session(self, session_id: int) -> Session:
         """Move a session's activity to now; raises `SessionNotFound`."""
@@ -121,11 +121,20 @@ class LogService:
         self._remover.wake()
 
     async def remove_user(self, user_id: str) -> int:
-        """Take a user off the sessions they own, and return how many those were."""
+        """Take a user off the sessions they own, in steps, and return how many those were.
+
+        Raises:
+            CommitOutcomeUnknown: It failed after some steps had been taken.
+        """
         released, last = 0, 0
         while True:
-            async with self._database.transaction() as connection:
-                ids = await sessions.release_sessions(connection, user_id, after=last, count=_RELEASE_STEP)
+            try:
+                async with self._database.transaction() as connection:
+                    ids = await sessions.release_sessions(connection, user_id, after=last, count=_RELEASE_STEP)
+            except StorageUnavailable as error:
+                if not released:
+                    raise
+                raise CommitOutcomeUnknown from error
             released += len(ids)
             if len(ids) < _RELEASE_STEP:
                 return released

@@ -4,6 +4,8 @@ Times are integers: microseconds of the Unix epoch. Ids and sequence numbers sta
 msgspec structs rather than dataclasses because events are made by the hundred thousand, at a seventh of the cost.
 """
 
+from typing import NamedTuple
+
 from msgspec import Struct
 
 EMPTY_PAYLOAD = "{}"
@@ -47,3 +49,10 @@ class Session(Struct, frozen=True, kw_only=True):
     last_server_seq: int
     """0 when there is no event yet."""
     chain_hash: bytes
+
+
+class ListPosition(NamedTuple):
+    """A place in the list of sessions: after the one with this stored time of activity and this id."""
+
+    last_active: int
+    session_id: int

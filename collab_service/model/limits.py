@@ -37,3 +37,5 @@ class QueueLimits:
     session_requests: int = 2_048
     """Of one session, so that a session that is stuck leaves room for the others."""
     session_bytes: int = 16 * 1024 * 1024
+    transaction_sessions: int = 1_000
+    """Sessions that one append transaction may span."""

@@ -59,11 +59,13 @@ class Boundary:
                 _log.info("call was cancelled", method=name, request_id=_request_id(context))
                 raise
             except Exception as error:
-                await _fail(name, context, error)
+                failure = error
             finally:
                 self._calls -= 1
                 if not self._calls:
                     self._idle.set()
+            # No longer counted: a client that takes no message takes no status either.
+            await _fail(name, context, failure)
 
         async def stream_call(requests: Any, context: Context) -> Any:
             return await call(b"", context)

@@ -44,25 +44,33 @@ class HealthMonitor:
 
     async def beat(self) -> None:
         """Look once."""
-        cause = None
+        looking = asyncio.create_task(self._pulse.beat(), name="pulse")
         try:
-            async with asyncio.timeout(_PATIENCE):
-                await self._pulse.beat()
-        except (StorageUnavailable, TimeoutError) as error:
-            cause = repr(error.__cause__ or error)
-        serving = cause is None
-        if serving != self._serving:
-            self._serving = serving
-            await self._tell(serving)
-            if serving:
-                _log.info("the database is there")
+            # Not cancelled when it takes too long: the driver would wait for the server even then.
+            await asyncio.wait((looking,), timeout=_PATIENCE)
+            if not looking.done():
+                await self._tell(cause="no answer")
+            try:
+                await looking
+            except StorageUnavailable as error:
+                await self._tell(cause=repr(error.__cause__ or error))
             else:
-                _log.error("the database is away", cause=cause)
+                await self._tell(cause=None)
+        finally:
+            looking.cancel()
 
     async def drain(self) -> None:
         """Say from now on that nothing is serving."""
         await self.servicer.enter_graceful_shutdown()
 
-    async def _tell(self, serving: bool) -> None:
+    async def _tell(self, cause: str | None) -> None:
+        serving = cause is None
+        if serving == self._serving:
+            return
+        self._serving = serving
         for name in self._names:
             await self.servicer.set(name, _SERVING if serving else _NOT_SERVING)
+        if serving:
+            _log.info("the database is there")
+        else:
+            _log.error("the database is away", cause=cause)

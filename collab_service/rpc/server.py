@@ -96,8 +96,8 @@ class Server:
         """Stop so that nothing acknowledged is lost, and nothing in progress cut within `grace` seconds."""
         # 1. Not ready: load balancers send nothing new.
         await self._health.drain()
-        # 2. New calls are refused with a reason, and those in progress finish. That goes on for a moment before the port
-        # closes: grpc itself refuses by cancelling calls that have arrived but not begun, which tells nobody why.
+        # 2. New calls are refused with a reason, and those in progress finish. That goes on for a moment before the
+        # port closes: grpc itself refuses by cancelling calls that have arrived but not begun, and tells nobody why.
         try:
             async with asyncio.timeout(grace):
                 await self._boundary.drain()
@@ -128,7 +128,7 @@ class Server:
                 ("grpc.keepalive_timeout_ms", _MINUTE_MS // 6),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )
         servicer = Servicer(self._service, self._config.limits)

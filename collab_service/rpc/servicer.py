@@ -7,6 +7,7 @@ from collab_service.model import Limits
 from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled
 from collab_service.rpc.boundary import Context, Unimplemented
 from collab_service.rpc.convert import event_message, page_message, session_message, timestamp
+from collab_service.rpc.page_token import make_page_token
 from collab_service.rpc.validate import Check
 from collab_service.v1 import collab_service_pb2 as pb
 
@@ -51,11 +52,15 @@ class Servicer:
         with Check(self._limits) as check:
             language_id = self._language_id(check, request)
             owner_id = self._owner_id(check, request)
-            page_size = check.page_size(request.page_size)
-        sessions, next_page_token = await self._service.list_sessions(
-            language_id=language_id, owner_id=owner_id, page_size=page_size, page_token=request.page_token
+            filters = (language_id, owner_id)
+            after = check.page_token(request.page_token, filters)
+            count = check.page_size(request.page_size)
+        sessions, place = await self._service.list_sessions(
+            language_id=language_id, owner_id=owner_id, after=after, count=count
         )
-        return pb.ListSessionsResponse(sessions=map(session_message, sessions), next_page_token=next_page_token)
+        return pb.ListSessionsResponse(
+            sessions=map(session_message, sessions), next_page_token=make_page_token(place, filters) if place else ""
+        )
 
     async def TouchSession(self, request: pb.TouchSessionRequest, context: Context) -> pb.TouchSessionResponse:
         """Move a session's activity to now."""
@@ -81,8 +86,8 @@ class Servicer:
         with Check(self._limits) as check:
             if not request.HasField("event"):
                 check.wrong("event", "must be given; each of its fields may be absent")
-            event, size = check.event("event", request.event)
-            append = check.append(request.session_id, [event], size, _expected(request))
+            event, _ = check.event("event", request.event)
+            append = check.append(request, [event])
         try:
             appended = await self._service.append(append)
         except IdempotencyKeyReused as error:
@@ -92,8 +97,7 @@ class Servicer:
     async def AppendEvents(self, request: pb.AppendEventsRequest, context: Context) -> pb.AppendEventsResponse:
         """Append a batch."""
         with Check(self._limits) as check:
-            events, size = check.batch(request.events)
-            append = check.append(request.session_id, events, size, _expected(request))
+            append = check.append(request, check.batch(request.events))
         appended = await self._service.append(append)
         return pb.AppendEventsResponse(
             first_server_seq=appended.events[0].server_seq,
@@ -128,7 +132,3 @@ class Servicer:
 
     def _owner_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> str | None:
         return check.text("owner_id", request.owner_id) if request.HasField("owner_id") else None
-
-
-def _expected(request: pb.AppendEventRequest | pb.AppendEventsRequest) -> int | None:
-    return request.expected_last_server_seq if request.HasField("expected_last_server_seq") else None

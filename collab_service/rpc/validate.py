@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from collab_service.log.decide import AppendRequest
-from collab_service.model import EMPTY_PAYLOAD, Limits, NewEvent
+from collab_service.model import EMPTY_PAYLOAD, Limits, ListPosition, NewEvent
 from collab_service.model.errors import InvalidArgument, Reason, Violation
 from collab_service.model.limits import DEFAULT_PAGE_SIZE, MAX_EVENT_TYPES, MAX_PAGE_SIZE
 from collab_service.model.payload import json_object_problem
+from collab_service.rpc.page_token import read_page_token
 from collab_service.v1 import collab_service_pb2 as pb
 
 
@@ -48,13 +49,13 @@ class Check:
         return value
 
     def append(
-        self, session_id: int, events: Sequence[NewEvent], payload_bytes: int, expected: int | None
+        self, request: pb.AppendEventRequest | pb.AppendEventsRequest, events: Sequence[NewEvent]
     ) -> AppendRequest:
         """Check what every append has."""
-        self.at_least(1, "session_id", session_id)
-        if expected is not None:
-            self.at_least(0, "expected_last_server_seq", expected)
-        return AppendRequest(session_id, events, payload_bytes, expected)
+        expected = None
+        if request.HasField("expected_last_server_seq"):
+            expected = self.at_least(0, "expected_last_server_seq", request.expected_last_server_seq)
+        return AppendRequest(self.at_least(1, "session_id", request.session_id), events, request.ByteSize(), expected)
 
     def event(self, path: str, message: pb.NewEvent) -> tuple[NewEvent, int]:
         """Check an event; return it and the bytes of its payload."""
@@ -92,8 +93,8 @@ class Check:
             self.wrong(f"{path}.{kind}", problem, Reason.PAYLOAD_NOT_A_JSON_OBJECT)
         return payload, size
 
-    def batch(self, messages: Sequence[pb.NewEvent]) -> tuple[list[NewEvent], int]:
-        """Check a batch of events; return them and the bytes of their payloads."""
+    def batch(self, messages: Sequence[pb.NewEvent]) -> list[NewEvent]:
+        """Check a batch of events."""
         limits = self._limits
         if not messages:
             self.wrong("events", "must hold at least one event")
@@ -104,7 +105,7 @@ class Check:
                 f"must be at most {limits.batch_events} events, not {len(messages)}",
                 Reason.BATCH_TOO_LARGE,
             )
-            return [], 0
+            return []
         events, total = [], 0
         first_with: dict[str, int] = {}
         for index, message in enumerate(messages):
@@ -123,11 +124,19 @@ class Check:
                 f"must be at most {limits.batch_bytes} bytes of payloads together, not {total}",
                 Reason.BATCH_TOO_LARGE,
             )
-        return events, total
+        return events
 
     def page_size(self, value: int) -> int:
         """Check a page size; 0 means the default, and too many are cut."""
         return min(self.at_least(0, "page_size", value) or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+
+    def page_token(self, token: str, filters: object) -> ListPosition | None:
+        """Check a page token against the filters of this call; an empty one asks for the first page."""
+        place = read_page_token(token, filters) if token else None
+        if token and place is None:
+            what = "must be the next_page_token of a call with the same filters, or empty for the first page"
+            self.wrong("page_token", what, Reason.PAGE_TOKEN_INVALID)
+        return place
 
     def types(self, values: Sequence[str]) -> list[str]:
         """Check a filter of event types."""

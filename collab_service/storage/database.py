@@ -7,10 +7,10 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import event
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from collab_service.model.errors import DatabaseUnreachable, ReadOnlyServer
+from collab_service.model.errors import CommitOutcomeUnknown, DatabaseUnreachable, ReadOnlyServer
 from collab_service.storage.binary import load_times_as_micros
 from collab_service.storage.driver_errors import driver_errors
 
@@ -80,13 +80,14 @@ class Database:
             pool_size=pool_size,
             max_overflow=0,
             pool_timeout=10,
+            hide_parameters=True,  # what people wrote does not belong into logs, where the driver's errors go
         )
         event.listen(self._engine.sync_engine, "checkout", _refuse_hung_up)
 
     async def connect(self) -> DriverConnection:
         """Open a connection outside the pool; the caller closes it."""
         connection = await psycopg.AsyncConnection.connect(
-            self._url, autocommit=True, application_name="collab-service", **_LIVENESS
+            self._url, autocommit=True, application_name="collab-service", client_encoding="UTF8", **_LIVENESS
         )
         await connection.execute(_SET_UP_SESSION)
         await connection.set_autocommit(False)
@@ -94,11 +95,27 @@ class Database:
         return connection
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """Open a transaction; commits at the end, rolls back when the block raises."""
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that is rolled back at its end."""
         with driver_errors():
-            async with self._engine.begin() as connection:
+            async with self._engine.connect() as connection:
                 yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction; commits at the end, rolls back when the block raises.
+
+        Raises:
+            CommitOutcomeUnknown: The connection was lost during the commit.
+        """
+        async with self.reading() as connection:
+            yield connection
+            try:
+                await connection.commit()
+            except DBAPIError as error:
+                if isinstance(error.orig, psycopg.Error) and error.orig.diag.severity_nonlocalized == "ERROR":
+                    raise  # the server said that it failed
+                raise CommitOutcomeUnknown from error
 
     @asynccontextmanager
     async def driver_connection(self, *, autocommit: bool = False) -> AsyncIterator[DriverConnection]:

@@ -26,6 +26,7 @@ _BY_SQLSTATE: dict[str, type[StorageUnavailable]] = {
     "25006": ReadOnlyServer,  # read_only_sql_transaction
     "40001": TransactionConflict,  # serialization_failure
     "40P01": TransactionConflict,  # deadlock_detected
+    "42501": StorageUnavailable,  # insufficient_privilege
     "53100": DiskFull,  # disk_full
     "53300": TooManyConnections,  # too_many_connections
     "55P03": LockTimeout,  # lock_not_available
@@ -44,6 +45,14 @@ _BY_CLASS: dict[str, type[StorageUnavailable]] = {
     "53": StorageUnavailable,  # insufficient resources
     "58": StorageUnavailable,  # system errors, such as I/O
 }
+# libpq keeps no SQLSTATE of a connection that was refused, so there only the text is left; in a server that speaks
+# another language than English it is taken for unreachable. The texts are those of src/backend/storage/lmgr/proc.c and
+# src/backend/utils/init/ (postinit.c, miscinit.c).
+_NO_CONNECTION_LEFT = (
+    "too many clients already",
+    "too many connections for",
+    "remaining connection slots are reserved",
+)
 
 
 def translate(error: BaseException) -> CollabError | None:
@@ -58,10 +67,22 @@ def translate(error: BaseException) -> CollabError | None:
         return None
     sqlstate = error.sqlstate
     if sqlstate is None:
-        # No answer from a server: the connection could not be made, or is gone.
-        return DatabaseUnreachable() if isinstance(error, psycopg.OperationalError) else None
+        # The connection could not be made, or is gone.
+        if not isinstance(error, psycopg.OperationalError):
+            return None
+        return (
+            TooManyConnections() if any(words in str(error) for words in _NO_CONNECTION_LEFT) else DatabaseUnreachable()
+        )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2])
     return kind() if kind else None
+
+
+def cause_of(error: CollabError) -> str:
+    """Return what the driver said, for those who run the service: without the statement, in one line."""
+    cause = error.__cause__
+    if isinstance(cause, DBAPIError) and cause.orig is not None:
+        cause = cause.orig
+    return " ".join(str(cause or error).split())
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from psycopg.pq.abc import PGconn, PGresult
 
 from collab_service.storage.database import Database
 
+_PATIENCE = 75.0
+"""Seconds to wait for answers: longer than `statement_timeout`, for servers that do not even say that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Statement:
@@ -74,6 +77,7 @@ class PipelineConnection:
             raise psycopg.OperationalError("the connection is closed")
         self._warnings.clear()
         self._done = self._loop.create_future()
+        patience = self._loop.call_later(_PATIENCE, self._lost, psycopg.OperationalError("the server does not answer"))
         prepares: list[bytes | None] = []  # for each result to come: the statement that it prepares, if it does
         try:
             for command in commands:
@@ -89,6 +93,7 @@ class PipelineConnection:
             self.close()
             raise
         finally:
+            patience.cancel()
             self._done = None
             results, self._results = self._results, []
         own = []

@@ -25,30 +25,36 @@ def test_time_never_goes_back() -> None:
     assert [d.events[0].created_at for d in decided if isinstance(d, Appended)] == [500, 600, 600]
 
 
-def test_a_key_stored_in_the_same_transaction_is_known() -> None:
-    """A retry that overtakes nothing and lands in the same transaction is a replay, not a second event."""
-    state = SessionState(1, Head())
-    first = decide(state, KEYED, PLAIN)
-    again = decide(state, KEYED, PLAIN)
-    assert isinstance(first, Appended)
-    assert again == Appended(first.events, replayed=True)
-    assert state.head.last_server_seq == 2
+def stored(*events: NewEvent) -> SessionState:
+    """Return a session that holds some events."""
+    before = SessionState(1, Head())
+    decided = decide(before, *events)
+    assert isinstance(decided, Appended)
+    keys = {e.content.idempotency_key: e.server_seq for e in decided.events if e.content.idempotency_key}
+    return SessionState(1, before.head, keys, {event.server_seq: event for event in decided.events})
 
 
 def test_a_replay_comes_before_the_condition() -> None:
     """The idempotency key is looked at before expected_last_server_seq."""
-    state = SessionState(1, Head())
-    decide(state, KEYED, expected=0)
-    assert isinstance(decide(state, KEYED, expected=0), Appended)
+    state = stored(KEYED)
+    assert decide(state, KEYED, expected=0) == Appended(list(state.stored.values()), replayed=True)
     assert isinstance(decide(state, PLAIN, expected=0), ServerSeqConflict)
 
 
 def test_a_batch_is_a_replay_only_as_a_whole() -> None:
     """A known key in a batch makes the whole batch be compared with the neighbours stored there."""
-    state = SessionState(1, Head())
-    decide(state, PLAIN, KEYED, PLAIN)
-    assert isinstance(decide(state, PLAIN, KEYED, PLAIN), Appended)
-    assert isinstance(decide(state, KEYED, PLAIN), Appended)
-    for batch in ((KEYED, PLAIN, PLAIN), (PLAIN, PLAIN, KEYED), (KEYED, KEYED), (NewEvent(idempotency_key="k"),)):
+    state = stored(PLAIN, KEYED, PLAIN)
+    for batch in ((PLAIN, KEYED, PLAIN), (KEYED, PLAIN), (PLAIN, KEYED), (KEYED,)):
+        answer = decide(state, *batch)
+        assert isinstance(answer, Appended)
+        assert answer.replayed
+        assert tuple(event.content for event in answer.events) == batch
+    for batch in (
+        (KEYED, PLAIN, PLAIN),
+        (PLAIN, PLAIN, KEYED),
+        (KEYED, KEYED),
+        (NewEvent(idempotency_key="k"),),
+    ):
         assert isinstance(decide(state, *batch), IdempotencyKeyReused)
     assert state.head.last_server_seq == 3
+    assert not state.added

@@ -273,3 +273,56 @@ async def test_a_lost_connection_before_the_commit_is_not_noticed(service: LogSe
         await terminate()
     await waiting
     assert [e.content for e in await read_checked(service, session_id)] == [event(n) for n in (1, 2, 3)]
+
+
+async def test_a_poisoned_request_and_a_session_that_is_taken_meanwhile(service: LogService, database_url: str) -> None:
+    """When another writer gets the row between the shared transaction and the single ones, nobody is forgotten."""
+    session_id, other = await new_session(service), await new_session(service)
+    poison = NewEvent(actor_id="NUL \0 got past validation")
+    async with await psycopg.AsyncConnection.connect(database_url) as connection:
+        await connection.execute("SELECT id FROM collab_sessions WHERE id = %s FOR UPDATE", (session_id,))
+        tasks = [asyncio.create_task(append(service, session_id, poison if n == 3 else event(n))) for n in range(8)]
+        await until(lambda: is_waiting_for_lock(database_url), "waiting for the lock")
+
+        async def take_turns() -> None:
+            async with await psycopg.AsyncConnection.connect(database_url) as rival:
+                for _ in range(10):
+                    await rival.execute("SELECT id FROM collab_sessions WHERE id = %s FOR UPDATE", (session_id,))
+                    await rival.execute("SELECT pg_sleep(0.01)")
+                    await rival.rollback()
+
+        rivals = [asyncio.create_task(take_turns()) for _ in range(3)]
+        await connection.rollback()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*rivals)
+    assert isinstance(results[3], psycopg.DataError)
+    assert sum(isinstance(result, Appended) for result in results) == 7
+    assert [e.content for e in await read_checked(service, session_id)] == [event(n) for n in range(8) if n != 3]
+    await append(service, other, event(1))
+
+
+async def test_a_replay_over_events_that_have_just_come(service: LogService) -> None:
+    """A batch that equals what is stored is a replay, also when some of it was stored a moment before."""
+    session_id = await new_session(service)
+    await append(service, session_id, event(1))
+    first, both = await asyncio.gather(
+        append(service, session_id, event(2, "k")), append(service, session_id, event(1), event(2, "k"))
+    )
+    assert (first.replayed, both.replayed) == (False, True)
+    assert [e.server_seq for e in both.events] == [1, 2]
+    assert len(await read_checked(service, session_id)) == 2
+
+
+async def test_stuck_sessions_do_not_keep_a_held_one_waiting(service: LogService, database_url: str) -> None:
+    """However many sessions are stuck, another that is held for a moment is served once it is free."""
+    ids = [await new_session(service) for _ in range(8)]
+    async with await psycopg.AsyncConnection.connect(database_url) as stuck:
+        await stuck.execute("SELECT id FROM collab_sessions WHERE id = ANY(%s) FOR UPDATE", (ids[:7],))
+        waiting = [asyncio.create_task(append(service, session_id, event(1))) for session_id in ids[:7]]
+        async with holding(database_url, ids[7]):
+            free = asyncio.create_task(append(service, ids[7], event(1)))
+            await until(lambda: is_waiting_for_lock(database_url), "waiting for the lock")
+        async with asyncio.timeout(5):
+            await free
+        assert not any(task.done() for task in waiting)
+    await asyncio.gather(*waiting)

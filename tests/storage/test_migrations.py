@@ -13,6 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, pool
 
+import collab_service
 from collab_service.config import Config
 from collab_service.log.service import LogService
 from collab_service.model import NewEvent
@@ -218,7 +219,7 @@ def test_an_older_schema_is_told(empty_database: str, tmp_path: Path, monkeypatc
     )
     (tmp_path / "__init__.py").touch()
     # Where the migrations are is found beside the package, or inside it as in a wheel.
-    monkeypatch.setattr(schema.collab_service, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(collab_service, "__file__", str(tmp_path / "__init__.py"))
     assert schema_state(empty_database) is SchemaState.OLDER
     assert schema.migrate(empty_database) == (HEAD, "0002")
     assert schema_state(empty_database) is SchemaState.CURRENT

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import structlog
 
 from collab_service.storage.embedded.binaries import POSTGRES_MAJOR, reachable_binaries
-from collab_service.storage.embedded.data_directory import DataDirectory, EmbeddedError
+from collab_service.storage.embedded.data_directory import SOCKET_NAME, DataDirectory, EmbeddedError
 
 _log = structlog.get_logger(__name__)
 
@@ -64,11 +64,13 @@ class Cluster:
         Raises:
             EmbeddedError: It does not start; the message names its log.
         """
-        if self._left_running():
+        if left := self._left_running():
             _log.warning("stopping a postgres that was left running", data_dir=str(self._data.path))
             self.stop()
         if self._socket is None:
             self._socket = self._data.socket_directory()
+        if not left:
+            self._clear_away_traces()
         self._data.log.touch(mode=0o600)
         self._data.give_to_owner(self._data.log)
         own = (
@@ -100,7 +102,7 @@ class Cluster:
         return pid is not None and _exists(pid) and not _is_zombie(pid)
 
     def _left_running(self) -> bool:
-        """Tell whether a server of an earlier start still runs here; clear away the traces of one that does not.
+        """Tell whether a server of an earlier start still runs here.
 
         A process id is used again, in containers very soon: only a process whose working directory is this cluster, as
         PostgreSQL's is, counts. Where there is no /proc, its number has to do.
@@ -108,10 +110,19 @@ class Cluster:
         pid = self._server_pid()
         if pid is None or not _exists(pid):
             return False
-        ours = not Path("/proc/self").exists() or self._working_directory(pid) == str(self._data.cluster)
-        if not ours:
+        return not Path("/proc/self").exists() or self._working_directory(pid) == str(self._data.cluster)
+
+    def _clear_away_traces(self) -> None:
+        """Remove the lock files of a server that was killed, which PostgreSQL believes when their number is used again.
+
+        The cluster's is left to PostgreSQL where it can judge it, by a process that is no more. (Where it cannot, the
+        shared memory of processes that the dead server left behind still keeps a second one out.)
+        """
+        pid = self._server_pid()
+        if pid is None or _exists(pid):
             (self._data.cluster / "postmaster.pid").unlink(missing_ok=True)
-        return ours
+        if self._socket is not None:
+            (self._socket / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
 
     def _working_directory(self, pid: int) -> str | None:
         link = f"/proc/{pid}/cwd"

@@ -10,7 +10,7 @@ from collab_service.storage.embedded.accounts import Account
 
 _SOCKET_PATH_MAX = 107
 """Bytes that the path of a Unix socket can have on Linux (`sun_path` in unix(7))."""
-_SOCKET_NAME = ".s.PGSQL.5432"
+SOCKET_NAME = ".s.PGSQL.5432"
 
 
 class EmbeddedError(Exception):
@@ -93,7 +93,7 @@ class DataDirectory:
         PostgreSQL's lists of hosts and of socket directories would be something else.
         """
         directory = self.path / "socket"
-        if len(os.fsencode(directory / _SOCKET_NAME)) > _SOCKET_PATH_MAX or set(',"') & set(str(directory)):
+        if len(os.fsencode(directory / SOCKET_NAME)) > _SOCKET_PATH_MAX or set(',"') & set(str(directory)):
             directory = Path(tempfile.mkdtemp(prefix="collab-"))
         directory.mkdir(mode=0o700, exist_ok=True)
         directory.chmod(0o700)

@@ -196,11 +196,14 @@ async def read_stored(
 
 
 async def insert_and_commit(connection: PipelineConnection, events: Sequence[Event]) -> None:
-    """Insert events and commit, in one round trip.
+    """Insert events, if there are any, and commit, in one round trip.
 
     Raises:
         psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
     """
+    if not events:
+        await connection.run(COMMIT)
+        return
     contents = [event.content for event in events]
     parameters = [
         int8_array([event.session_id for event in events]),

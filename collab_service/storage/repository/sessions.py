@@ -1,13 +1,13 @@
 """Statements about sessions. Deleted ones (marked, not yet removed) are never seen, but by `find_deleted`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import BigInteger, Row, and_, func, literal, select, text, true, tuple_, update
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from collab_service.model import Session
+from collab_service.model import ListPosition, Session
 from collab_service.model.chain import chain_start
 from collab_service.storage.tables import events, sessions
 from collab_service.storage.times import Microseconds
@@ -49,13 +49,6 @@ def _session(row: Row[*tuple[Any, ...]]) -> Session:
         last_server_seq=row.head_seq or 0,
         chain_hash=row.head_chain or chain_start(row.id),
     )
-
-
-class ListPosition(NamedTuple):
-    """A place in the list of sessions: after the session with this stored time and this id."""
-
-    last_active: int
-    session_id: int
 
 
 async def create_session(
@@ -108,13 +101,13 @@ async def list_sessions(
     return [(_session(row), ListPosition(row.last_active, row.id)) for row in rows]
 
 
-async def touch_session(connection: AsyncConnection, session_id: int, now: int) -> bool:
-    """Move a session's activity to `now`; False when there is no such session."""
-    return await record_activity(connection, {session_id: now}) > 0
+async def touch_session(connection: AsyncConnection, session_id: int, now: int) -> None:
+    """Move a session's activity to `now`, if there is such a session."""
+    await record_activity(connection, {session_id: now})
 
 
-async def record_activity(connection: AsyncConnection, times: Mapping[int, int], *, wait: bool = True) -> int:
-    """Move sessions' activity forward to the given times, never back; return how many sessions there are.
+async def record_activity(connection: AsyncConnection, times: Mapping[int, int], *, wait: bool = True) -> list[int]:
+    """Move sessions' activity forward to the given times, never back; return the ids of those that it was done for.
 
     The rows are locked in the order of their ids, as appending does, so that nobody can deadlock.
 
@@ -133,7 +126,7 @@ async def record_activity(connection: AsyncConnection, times: Mapping[int, int],
         .values(last_active=given.c.at)
         .where(sessions.c.id == given.c.id, sessions.c.last_active < given.c.at)
     )
-    return len(ids)
+    return ids
 
 
 async def _lock_sessions(connection: AsyncConnection, ids: Sequence[int], *, wait: bool) -> list[int]:
