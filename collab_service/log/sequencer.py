@@ -64,7 +64,7 @@ _LOCK_TURN = 0.2
 """Seconds of that at a time, so that a session that is stuck does not keep the others from waiting."""
 _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
-_GATHER = 0.003
+_GATHER = 0.006
 """Seconds to wait at most for callers who were active a moment ago."""
 _RESOLVE = 30.0
 """Seconds to try to find out what became of a commit."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -30,12 +30,13 @@ EVENTS = 1_000_000
 
 
 class Bench:
-    """A service, its PostgreSQL, and what was found below its floor."""
+    """Servers on one database, and what was found below its floor."""
 
-    def __init__(self, cluster: Cluster, server: ServeProcess) -> None:
+    def __init__(self, cluster: Cluster, servers: list[ServeProcess]) -> None:
         self.cluster = cluster
-        self.server = server
-        self.address = server.grpc_address
+        self.server = servers[0]
+        self.address = self.server.grpc_address
+        self.all_addresses = [server.grpc_address for server in servers]
         self.failed = False
 
     def new_session(self) -> int:
@@ -51,18 +52,25 @@ class Bench:
     def unary(self) -> None:
         """64 unary writers on one session, against pgbench with the naive transaction."""
         print(f"64 writers on one session, 200-byte payloads, medians of {REPEATS} runs in turn:")
-        naive, ours, lone = [], [], []
-        load.append_rate(self.address, self.new_session(), 3)  # warm
+        servers = len(self.all_addresses)
+        naive, one, every, lone = [], [], [], []
+        load.append_rate(self.all_addresses, self.new_session(), 3)  # warm
         for _ in range(REPEATS):
             naive.append(load.naive_rate(self.cluster, self.cluster.url, self.new_session(), 8))
-            ours.append(load.append_rate(self.address, self.new_session(), 8))
-            lone.append(load.append_rate(self.address, self.new_session(), 3, writers=1))
-        reference, rate = statistics.median(naive), statistics.median(ours)
-        print(f"  {'pgbench, a transaction an event':<58} {reference:>14,.0f}/s   {spread(naive)}")
-        print(f"  {'AppendEvent':<58} {rate:>14,.0f}/s   {spread(ours)}")
-        print(f"  {'AppendEvent, a single writer':<58} {statistics.median(lone):>14,.0f}/s   {spread(lone)}")
-        ratio = rate / reference
-        self.tell("AppendEvent / pgbench", f"{ratio:.2f}", f">= {UNARY_FLOOR}", ratio >= UNARY_FLOOR)
+            one.append(load.append_rate([self.address], self.new_session(), 8))
+            every.append(load.append_rate(self.all_addresses, self.new_session(), 8))
+            lone.append(load.append_rate([self.address], self.new_session(), 3, writers=1))
+        for what, rates in (
+            ("pgbench, a transaction an event", naive),
+            ("AppendEvent, one server process", one),
+            (f"AppendEvent, a server process a core ({servers})", every),
+            ("AppendEvent, a single writer", lone),
+        ):
+            print(f"  {what:<58} {statistics.median(rates):>14,.0f}/s   {spread(rates)}")
+        reference = statistics.median(naive)
+        print(f"  {'one server process / pgbench':<58} {statistics.median(one) / reference:>16.2f}")
+        ratio = statistics.median(every) / reference
+        self.tell("a server process a core / pgbench", f"{ratio:.2f}", f">= {UNARY_FLOOR}", ratio >= UNARY_FLOOR)
 
     def reading(self) -> None:
         """A million events read back, and the server's memory meanwhile."""
@@ -86,9 +94,9 @@ class Bench:
         with psycopg.connect(self.cluster.url) as other:
             other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             other.execute("SELECT count(*) FROM collab_sessions")
-            first = load.append_rate(self.address, session, 10)
-            load.append_rate(self.address, session, 40)
-            last = load.append_rate(self.address, session, 10)
+            first = load.append_rate([self.address], session, 10)
+            load.append_rate([self.address], session, 40)
+            last = load.append_rate([self.address], session, 10)
         print(f"  {'in the first ten seconds':<58} {first:>14,.0f}/s")
         print(f"  {'in the last ten seconds of a minute':<58} {last:>14,.0f}/s")
         ratio = last / first
@@ -102,7 +110,7 @@ def spread(values: list[float]) -> str:
 
 @contextmanager
 def running() -> Iterator[Bench]:
-    """Start a PostgreSQL and a service in front of it."""
+    """Start a PostgreSQL and a server for each core in front of it."""
     directory = Path(tempfile.mkdtemp(prefix="collab-bench-"))
     directory.chmod(0o711)
     account = postgres_account()
@@ -113,8 +121,9 @@ def running() -> Iterator[Bench]:
     try:
         cluster.start("max_connections=200")
         schema.migrate(cluster.url)
-        with ServeProcess("--database-url", cluster.url, cwd=directory) as server:
-            yield Bench(cluster, server)
+        with ExitStack() as stack:
+            servers = [ServeProcess("--database-url", cluster.url, cwd=directory) for _ in range(os.cpu_count() or 1)]
+            yield Bench(cluster, [stack.enter_context(server) for server in servers])
     finally:
         cluster.stop()
         data.release()

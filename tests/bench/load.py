@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -41,8 +43,17 @@ def load_generator() -> str:
     return "h2load" if shutil.which("h2load") else "a grpc.aio client"
 
 
-def append_rate(address: str, session_id: int, seconds: int, writers: int = WRITERS) -> float:
-    """Return the unary appends per second of so many writers on one session, each waiting for its answer."""
+def append_rate(addresses: Sequence[str], session_id: int, seconds: int, writers: int = WRITERS) -> float:
+    """Return the unary appends per second of so many writers on one session, each waiting for its answer.
+
+    The writers are spread evenly over the servers.
+    """
+    share = writers // len(addresses)
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        return sum(pool.map(lambda address: _append_rate(address, session_id, seconds, share), addresses))
+
+
+def _append_rate(address: str, session_id: int, seconds: int, writers: int) -> float:
     event = pb.NewEvent(actor_id="ada", client_seq=7, type="edit", json=PAYLOAD)
     request = pb.AppendEventRequest(session_id=session_id, event=event).SerializeToString()
     if load_generator() == "h2load":
