@@ -14,7 +14,7 @@ class Config:
     """Where the PostgreSQL of our own keeps its data; used without a `database_url`."""
     database_url: str | None = None
     database_pool_size: int = 10
-    """Connections to the database at most."""
+    """Connections for everything but appending, which has up to six of its own."""
     grpc_address: str = "127.0.0.1:50051"
     http_address: str = "127.0.0.1:8080"
     """For the JSON gateway, which is not there yet."""

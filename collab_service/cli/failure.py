@@ -11,6 +11,7 @@ from rich.text import Text
 from collab_service.model.errors import CollabError
 from collab_service.rpc.server import AddressError
 from collab_service.storage.embedded import EmbeddedError
+from collab_service.storage.schema import UnsuitableDatabase
 
 
 class CommandError(Exception):
@@ -22,7 +23,7 @@ def told_in_a_sentence() -> Iterator[None]:
     """Turn the errors that a command expects into a sentence on standard error and exit status 1."""
     try:
         yield
-    except (CommandError, EmbeddedError, AddressError, CollabError) as error:
+    except (CommandError, EmbeddedError, AddressError, UnsuitableDatabase, CollabError) as error:
         _say(str(error))
     except grpc.RpcError as error:
         _say(_of_rpc(error))

@@ -40,16 +40,13 @@ _POSTGRES_LOOK = 1.0
 """Seconds between looks for the PostgreSQL of our own, which is started again when it has died."""
 
 _LIMITS, _QUEUE = Limits(), QueueLimits()
+_MAX_INDEXED = 2_000
+"""Bytes that an entry of PostgreSQL's indexes certainly holds."""
 
 
-def _limit(name: str, help_: str) -> Any:
-    return typer.Option(
-        f"--{name}",
-        envvar=f"COLLAB_{name.upper().replace('-', '_')}",
-        min=1,
-        help=help_,
-        rich_help_panel="Limits",
-    )
+def _limit(name: str, help_: str, most: int = 2**31 - 1) -> Any:
+    variable = f"COLLAB_{name.upper().replace('-', '_')}"
+    return typer.Option(f"--{name}", envvar=variable, min=1, max=most, help=help_, rich_help_panel="Limits")
 
 
 def serve(
@@ -98,7 +95,11 @@ def serve(
     ] = 10.0,
     database_pool_size: Annotated[
         int,
-        typer.Option(envvar="COLLAB_DATABASE_POOL_SIZE", min=2, help="Connections to the database at most."),
+        typer.Option(
+            envvar="COLLAB_DATABASE_POOL_SIZE",
+            min=2,
+            help="Connections for all but appending, which has six.",
+        ),
     ] = 10,
     max_event_bytes: Annotated[int, _limit("max-event-bytes", "The payload of an event.")] = _LIMITS.event_bytes,
     max_batch_events: Annotated[int, _limit("max-batch-events", "Events in a batch.")] = _LIMITS.batch_events,
@@ -106,7 +107,7 @@ def serve(
         int, _limit("max-batch-bytes", "The payloads of a batch together.")
     ] = _LIMITS.batch_bytes,
     max_text_bytes: Annotated[
-        int, _limit("max-text-bytes", "room, owner_id, actor_id, type, hash and idempotency_key.")
+        int, _limit("max-text-bytes", "room, owner_id, actor_id, type, hash and idempotency_key.", _MAX_INDEXED)
     ] = _LIMITS.text_bytes,
     max_signature_bytes: Annotated[
         int, _limit("max-signature-bytes", "The signature of an event.")
@@ -118,6 +119,9 @@ def serve(
     max_waiting_bytes: Annotated[
         int, _limit("max-waiting-bytes", "The payloads that wait; one session gets a quarter.")
     ] = _QUEUE.bytes,
+    max_transaction_sessions: Annotated[
+        int, _limit("max-transaction-sessions", "Sessions that one append transaction may span.")
+    ] = _QUEUE.transaction_sessions,
 ) -> None:
     """Run the service, until SIGTERM or Ctrl-C.
 
@@ -159,6 +163,7 @@ def serve(
             bytes=max_waiting_bytes,
             session_requests=max(max_waiting_appends // 2, 1),
             session_bytes=max(max_waiting_bytes // 4, 1),
+            transaction_sessions=max_transaction_sessions,
         ),
     )
     if config.database_url is not None:
@@ -198,8 +203,8 @@ def _database(config: Config) -> Iterator[tuple[str, Cluster | None]]:
     account = postgres_account()
     if account is None:
         raise CommandError(
-            "PostgreSQL does not run as root, and this machine has no user postgres or nobody to run it as; "
-            "start collab as another user, or give a database with --database-url"
+            "PostgreSQL runs as a user that this machine knows by name and that is not root; there is none "
+            "(for root: postgres or nobody). Start collab as another user, or give a database with --database-url"
         )
     data = DataDirectory(config.data_dir, account)
     try:
@@ -252,7 +257,8 @@ async def _serve(config: Config, url: str, cluster: Cluster | None) -> int:
         if not stopping.done():
             _log.warning("stopping at once, as the second signal says")
             stopping.cancel()
-        await asyncio.gather(stopping, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await stopping
     _log.info("stopped")
     return status
 

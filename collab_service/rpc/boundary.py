@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from collab_service.model.errors import CollabError, InvalidArgument, ShuttingDown, Violation
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
+from collab_service.storage.driver_errors import cause_of
 
 _log = structlog.get_logger(__name__)
 
@@ -101,15 +102,11 @@ async def _fail(method: str, context: Context, error: Exception) -> None:
     failure: Failure
     if isinstance(error, CollabError):
         failure = failure_of(error)
-        log.info("call failed", code=failure.code.name, reason=failure.reason, cause=_cause(error))
+        log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
     else:
         failure = internal_failure(request_id)
         log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
     await context.abort(failure.code, failure.message, (*trailing, (DETAILS_KEY, failure.details)))
-
-
-def _cause(error: CollabError) -> str | None:
-    return None if error.__cause__ is None else f"{type(error.__cause__).__name__}: {error.__cause__}"[:500]
 
 
 def _request_id(context: Context) -> str:

@@ -7,6 +7,7 @@ from grpc_health.v1 import health, health_pb2
 
 from collab_service.model.errors import StorageUnavailable
 from collab_service.storage.database import Pulse
+from collab_service.storage.driver_errors import cause_of
 
 _log = structlog.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class HealthMonitor:
             try:
                 await looking
             except StorageUnavailable as error:
-                await self._tell(cause=repr(error.__cause__ or error))
+                await self._tell(cause=cause_of(error))
             else:
                 await self._tell(cause=None)
         finally:

@@ -54,8 +54,10 @@ def libpq_url(url: str) -> str:
 def url_problem(url: str) -> str | None:
     """Return what keeps `url` from being a PostgreSQL connection string, or None. Never repeats the URL."""
     try:
-        psycopg.conninfo.conninfo_to_dict(libpq_url(url))
+        ports = str(psycopg.conninfo.conninfo_to_dict(libpq_url(url)).get("port") or "")
     except psycopg.ProgrammingError:
+        ports = "none"
+    if not all(port.isdecimal() for port in ports.split(",") if port):
         return "is not a PostgreSQL URL; it looks like postgresql://user:password@host:5432/database"
     return None
 

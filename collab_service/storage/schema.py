@@ -1,5 +1,7 @@
 """The schema's version: bringing a database up to it, and telling whether one is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
@@ -26,6 +28,10 @@ class SchemaState(Enum):
     NEWER = "newer"
 
 
+class UnsuitableDatabase(Exception):
+    """The database cannot serve, whatever its state; the message is a sentence that says why and what to do."""
+
+
 def migrate(url: str, *, target: str = "head") -> tuple[str | None, str | None]:
     """Migrate the database to `target` and return the revisions before and after.
 
@@ -33,8 +39,9 @@ def migrate(url: str, *, target: str = "head") -> tuple[str | None, str | None]:
 
     Raises:
         StorageUnavailable: The database cannot be reached or takes no writes.
+        UnsuitableDatabase: It is not encoded in UTF-8.
     """
-    with driver_errors(), _connect(url) as connection:
+    with _connect(url) as connection:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
         connection.commit()
         try:
@@ -57,8 +64,9 @@ def schema_state(url: str) -> SchemaState:
 
     Raises:
         StorageUnavailable: The database cannot be reached.
+        UnsuitableDatabase: It is not encoded in UTF-8.
     """
-    with driver_errors(), _connect(url) as connection:
+    with _connect(url) as connection:
         found = _revision(connection)
     script = _script()
     if found is None:
@@ -69,11 +77,24 @@ def schema_state(url: str) -> SchemaState:
     return SchemaState.OLDER if found in known else SchemaState.NEWER
 
 
-def _connect(url: str) -> Connection:
+@contextmanager
+def _connect(url: str) -> Iterator[Connection]:
     def creator() -> psycopg.Connection:
-        return psycopg.connect(libpq_url(url), connect_timeout=5, application_name="collab-migrate")
+        connection = psycopg.connect(
+            libpq_url(url), connect_timeout=5, application_name="collab-migrate", client_encoding="UTF8"
+        )
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            connection.close()
+            raise UnsuitableDatabase(
+                f"the database is encoded in {encoding}, which cannot hold every text; make one with: "
+                "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+            )
+        return connection
 
-    return create_engine("postgresql+psycopg://", creator=creator, poolclass=pool.NullPool).connect()
+    engine = create_engine("postgresql+psycopg://", creator=creator, poolclass=pool.NullPool)
+    with driver_errors(), engine.connect() as connection:
+        yield connection
 
 
 def _revision(connection: Connection) -> str | None:

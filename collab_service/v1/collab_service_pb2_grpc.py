@@ -42,8 +42,9 @@ class CollabServiceStub:
     These limits can be configured.
 
     Errors are described at `ErrorReason`. Any call can fail with `OVERLOADED`,
-    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`; what else a call can
-    fail with stands with it.
+    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`, and any call that
+    writes with `COMMIT_OUTCOME_UNKNOWN`; what else a call can fail with stands
+    with it.
     """
 
     def __init__(self, channel):
@@ -121,8 +122,9 @@ class CollabServiceServicer:
     These limits can be configured.
 
     Errors are described at `ErrorReason`. Any call can fail with `OVERLOADED`,
-    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`; what else a call can
-    fail with stands with it.
+    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`, and any call that
+    writes with `COMMIT_OUTCOME_UNKNOWN`; what else a call can fail with stands
+    with it.
     """
 
     def CreateSession(self, request, context):
@@ -207,8 +209,7 @@ class CollabServiceServicer:
         equal byte for byte, no payload being equal to `{}`.
 
         Errors: `INVALID_REQUEST`, `PAYLOAD_NOT_A_JSON_OBJECT`, `EVENT_TOO_LARGE`,
-        `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`,
-        `COMMIT_OUTCOME_UNKNOWN`.
+        `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -355,8 +356,9 @@ class CollabService:
     These limits can be configured.
 
     Errors are described at `ErrorReason`. Any call can fail with `OVERLOADED`,
-    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`; what else a call can
-    fail with stands with it.
+    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`, and any call that
+    writes with `COMMIT_OUTCOME_UNKNOWN`; what else a call can fail with stands
+    with it.
     """
 
     @staticmethod

@@ -43,8 +43,9 @@ class CollabServiceStub:
       These limits can be configured.
 
     Errors are described at `ErrorReason`. Any call can fail with `OVERLOADED`,
-    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`; what else a call can
-    fail with stands with it.
+    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`, and any call that
+    writes with `COMMIT_OUTCOME_UNKNOWN`; what else a call can fail with stands
+    with it.
     """
 
     @_typing.overload
@@ -109,8 +110,7 @@ class CollabServiceStub:
     equal byte for byte, no payload being equal to `{}`.
 
     Errors: `INVALID_REQUEST`, `PAYLOAD_NOT_A_JSON_OBJECT`, `EVENT_TOO_LARGE`,
-    `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`,
-    `COMMIT_OUTCOME_UNKNOWN`.
+    `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`.
     """
     AppendEvents: _grpc.UnaryUnaryMultiCallable[_collab_service_pb2.AppendEventsRequest, _collab_service_pb2.AppendEventsResponse]
     """Appends a batch of events: all or nothing, with neighbouring numbers.
@@ -182,8 +182,9 @@ class CollabServiceAsyncStub(CollabServiceStub):
       These limits can be configured.
 
     Errors are described at `ErrorReason`. Any call can fail with `OVERLOADED`,
-    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`; what else a call can
-    fail with stands with it.
+    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`, and any call that
+    writes with `COMMIT_OUTCOME_UNKNOWN`; what else a call can fail with stands
+    with it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -245,8 +246,7 @@ class CollabServiceAsyncStub(CollabServiceStub):
     equal byte for byte, no payload being equal to `{}`.
 
     Errors: `INVALID_REQUEST`, `PAYLOAD_NOT_A_JSON_OBJECT`, `EVENT_TOO_LARGE`,
-    `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`,
-    `COMMIT_OUTCOME_UNKNOWN`.
+    `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`.
     """
     AppendEvents: _aio.UnaryUnaryMultiCallable[_collab_service_pb2.AppendEventsRequest, _collab_service_pb2.AppendEventsResponse]  # type: ignore[assignment]
     """Appends a batch of events: all or nothing, with neighbouring numbers.
@@ -317,8 +317,9 @@ class CollabServiceServicer(metaclass=_abc_1.ABCMeta):
       These limits can be configured.
 
     Errors are described at `ErrorReason`. Any call can fail with `OVERLOADED`,
-    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`; what else a call can
-    fail with stands with it.
+    `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN` and `INTERNAL`, and any call that
+    writes with `COMMIT_OUTCOME_UNKNOWN`; what else a call can fail with stands
+    with it.
     """
 
     @_abc_1.abstractmethod
@@ -420,8 +421,7 @@ class CollabServiceServicer(metaclass=_abc_1.ABCMeta):
         equal byte for byte, no payload being equal to `{}`.
 
         Errors: `INVALID_REQUEST`, `PAYLOAD_NOT_A_JSON_OBJECT`, `EVENT_TOO_LARGE`,
-        `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`,
-        `COMMIT_OUTCOME_UNKNOWN`.
+        `IDEMPOTENCY_KEY_REUSED`, `SESSION_NOT_FOUND`, `SERVER_SEQ_CONFLICT`.
         """
 
     @_abc_1.abstractmethod

@@ -112,7 +112,7 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
       with the idempotency key that it already had.
 
     Every `INVALID_ARGUMENT` carries a `google.rpc.BadRequest` as well, with all
-    bad fields at once (as many as fit into 4 KiB; a last entry tells how many
+    bad fields at once (as many as fit into 2 KiB; a last entry tells how many
     more there were). Where waiting helps, a `google.rpc.RetryInfo` says how long.
     The trailing metadata `x-request-id` names the call in the server's log.
 

