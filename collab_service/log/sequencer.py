@@ -23,16 +23,16 @@ What fails:
 """
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 
 import psycopg
 import structlog
 
 from collab_service.log.background import BackgroundTasks
+from collab_service.log.connections import AppendConnections
 from collab_service.log.decide import Appended, AppendRequest, Decision, SessionState, replay_start
+from collab_service.log.doubt import Decisions, InDoubt, refuse_warnings, took_place
 from collab_service.log.queue import AppendQueue, Pending
 from collab_service.model import Event, QueueLimits
 from collab_service.model.chain import content_digest
@@ -46,7 +46,6 @@ from collab_service.model.errors import (
     TransactionConflict,
 )
 from collab_service.storage.database import Database
-from collab_service.storage.driver_errors import driver_errors
 from collab_service.storage.pipeline import PipelineConnection
 from collab_service.storage.repository import appending
 from collab_service.storage.times import now_micros
@@ -66,18 +65,6 @@ _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
 _GATHER = 0.006
 """Seconds to wait at most for callers who were active a moment ago."""
-_RESOLVE = 30.0
-"""Seconds to try to find out what became of a commit."""
-
-Decisions = Sequence[tuple[Pending, Decision]]
-
-
-class _InDoubt(Exception):
-    """The connection was lost between sending a commit and reading its answer."""
-
-    def __init__(self, events: Sequence[Event], decisions: Decisions) -> None:
-        self.events = events
-        self.decisions = decisions
 
 
 class Sequencer:
@@ -101,7 +88,6 @@ class Sequencer:
             on_stored: Called with the new events of each transaction, after its commit and before the answers.
             clock: The time in microseconds.
         """
-        self._database = database
         self._limits = limits
         self._queue = AppendQueue(limits)
         self._tasks = tasks
@@ -112,7 +98,7 @@ class Sequencer:
         self._expected = 1
         self._writing: set[Pending] = set()
         self._wrote = asyncio.Event()
-        self._idle_connections: list[PipelineConnection] = []
+        self._connections = AppendConnections(database)
         self._held_slots = asyncio.Semaphore(_HELD_SESSIONS)
 
     async def append(self, request: AppendRequest) -> Appended:
@@ -161,8 +147,7 @@ class Sequencer:
         await self._tasks.cancel()
         _fail(self._queue.take_all(), ShuttingDown())
         _fail(in_doubt, CommitOutcomeUnknown())
-        for connection in self._idle_connections:
-            connection.close()
+        self._connections.close()
 
     async def _run(self) -> None:
         while True:
@@ -247,8 +232,8 @@ class Sequencer:
             try:
                 await self._transact(batch, wait_seconds)
                 return
-            except _InDoubt as doubt:
-                if await self._took_place(doubt):
+            except InDoubt as doubt:
+                if await took_place(doubt, self._connections):
                     self._answer(doubt.decisions, doubt.events)
                     return
                 _log.info("the commit in doubt did not take place")
@@ -264,7 +249,7 @@ class Sequencer:
         if len(set(keys)) < len(keys):
             self._put_off_repeated_keys(batch)
             keys = _keys_of(batch)
-        async with self._connection() as connection:
+        async with self._connections.lend() as connection:
             locked = await appending.lock_sessions(
                 connection,
                 {pending.request.session_id for pending in batch},
@@ -335,11 +320,11 @@ class Sequencer:
         try:
             await appending.insert_and_commit(connection, events)
         except psycopg.Error as error:
-            if connection.usable:
-                raise  # the server said that it failed
+            if connection.usable or not events:
+                raise  # the server said that it failed, or there was nothing to store
             if not connection.warnings:
-                raise _InDoubt(events, decisions) from error
-        _refuse_warnings(connection)
+                raise InDoubt(events, decisions) from error
+        refuse_warnings(connection)
 
     def _answer(self, decisions: Decisions, stored: Sequence[Event]) -> None:
         """Tell everybody what became of their request; the transaction is committed."""
@@ -349,76 +334,9 @@ class Sequencer:
             if not pending.answer.done():
                 pending.answer.set_result(decision)
 
-    async def _took_place(self, doubt: _InDoubt) -> bool:
-        """Find out whether a commit in doubt took place. Whatever goes wrong meanwhile, the answer is never a guess.
-
-        Raises:
-            CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
-        """
-        _log.warning("the connection was lost during a commit", events=len(doubt.events))
-        firsts = list({event.session_id: event for event in reversed(doubt.events)}.values())
-        deadline = time.monotonic() + _RESOLVE
-        pause = 0.02
-        while any(not pending.answer.done() for pending, _ in doubt.decisions) and time.monotonic() < deadline:
-            try:
-                async with self._connection() as connection:
-                    if (answer := await _is_stored(connection, firsts)) is not None:
-                        return answer
-            except CommitOutcomeUnknown:
-                raise
-            except Exception as error:
-                _log.info("the outcome of a commit is still unknown", cause=repr(error.__cause__ or error))
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 1.0)
-        raise CommitOutcomeUnknown
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[PipelineConnection]:
-        """Lend a connection, opened when none is idle. After an error, whatever it has begun is rolled back."""
-        with driver_errors():
-            connection = self._idle_connections.pop() if self._idle_connections else None
-            if connection is None or not connection.usable:
-                connection = await PipelineConnection.open(self._database)
-            try:
-                yield connection
-            except BaseException:
-                # The error to tell is the one that happened, not one of cleaning up after it.
-                with suppress(psycopg.Error):
-                    await connection.run(appending.ROLLBACK)
-                raise
-            finally:
-                if connection.usable:
-                    self._idle_connections.append(connection)
-
-
-async def _is_stored(connection: PipelineConnection, firsts: Sequence[Event]) -> bool | None:
-    """Tell whether a transaction took place, by the first event that it would have added to each of its sessions.
-
-    None when others hold those sessions just now. The lock of one is enough: once it is ours, the transaction in doubt
-    has ended, and no other has taken its numbers since.
-    """
-    locked = await appending.lock_sessions(connection, [event.session_id for event in firsts], [], new_ids=1)
-    first = next((event for event in firsts if event.session_id in locked.heads), None)
-    if first is None:
-        await connection.run(appending.ROLLBACK)
-        if locked.held:
-            return None
-        raise CommitOutcomeUnknown
-    place = (first.session_id, first.server_seq)
-    stored = await appending.read_stored(connection, [(*place, first.server_seq)])
-    await connection.run(appending.COMMIT)
-    _refuse_warnings(connection)
-    return place in stored and stored[place].chain_hash == first.chain_hash
-
 
 def _keys_of(batch: Sequence[Pending]) -> list[tuple[int, str]]:
     return [(pending.request.session_id, key) for pending in batch for _, key in pending.request.idempotency_keys()]
-
-
-def _refuse_warnings(connection: PipelineConnection) -> None:
-    if connection.warnings:
-        _log.error("a commit came with a warning", warning=connection.warnings[0])
-        raise CommitOutcomeUnknown
 
 
 async def _read_replayed(

@@ -7,7 +7,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from collab_service.log import sequencer
+from collab_service.log import doubt
 from collab_service.log.decide import Appended
 from collab_service.model import NewEvent
 from collab_service.model.errors import CommitOutcomeUnknown
@@ -47,6 +47,16 @@ async def test_the_outcome_is_found_out(start_service: StartService, proxy: Post
     assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 12
 
 
+async def test_a_replay_in_doubt_is_looked_up_again(start_service: StartService, proxy: PostgresProxy) -> None:
+    """A lost commit that stored nothing new leaves nothing to find out."""
+    service = start_service(proxy.url)
+    session_id = await new_session(service)
+    first = await append(service, session_id, NewEvent(idempotency_key="k"))
+    proxy.cut_before_server_says(COMMITTED)
+    again = await append(service, session_id, NewEvent(idempotency_key="k"))
+    assert (proxy.cuts, again.replayed, again.events) == (1, True, first.events)
+
+
 async def test_the_numbers_in_doubt_are_taken_by_nobody_else(start_service: StartService, proxy: PostgresProxy) -> None:
     """While one process finds out what became of its commit, others go on; the log stays whole."""
     service, other = start_service(proxy.url), start_service()
@@ -64,7 +74,7 @@ async def test_unknown_only_when_the_database_stays_away(
     start_service: StartService, proxy: PostgresProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only with the database away for long is the outcome unknown; a retry with the key then finds the event."""
-    monkeypatch.setattr(sequencer, "_RESOLVE", 0.3)
+    monkeypatch.setattr(doubt, "_RESOLVE", 0.3)
     service, reader = start_service(proxy.url), start_service()
     session_id = await new_session(service)
     event = NewEvent(idempotency_key="k")
