@@ -90,7 +90,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_COMMIT_OUTCOME_UNKNOWN: _ErrorReason.ValueType  # 15
     """`UNAVAILABLE`, with `side_effects` = `unknown`. The connection to the
     database was lost during a commit and its outcome could not be found out in
-    time. Retry with the same idempotency key, or read before writing again.
+    time, or the database no longer waited for its synchronous standby. Retry
+    an append with the same idempotency key, or read before writing again.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 16
     """`INTERNAL`. A fault of this service. Metadata: `error_id`, which stands in
@@ -189,7 +190,8 @@ Retry at once; a load balancer sends the call to another replica.
 ERROR_REASON_COMMIT_OUTCOME_UNKNOWN: ErrorReason.ValueType  # 15
 """`UNAVAILABLE`, with `side_effects` = `unknown`. The connection to the
 database was lost during a commit and its outcome could not be found out in
-time. Retry with the same idempotency key, or read before writing again.
+time, or the database no longer waited for its synchronous standby. Retry
+an append with the same idempotency key, or read before writing again.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 16
 """`INTERNAL`. A fault of this service. Metadata: `error_id`, which stands in

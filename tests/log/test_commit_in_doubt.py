@@ -47,6 +47,49 @@ async def test_the_outcome_is_found_out(start_service: StartService, proxy: Post
     assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 12
 
 
+async def test_trouble_while_finding_out_is_no_answer(
+    start_service: StartService, proxy: PostgresProxy, database_url: str
+) -> None:
+    """An unexpected error while the outcome is looked up makes nobody guess: each event is stored once."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    await append(service, session_id, NewEvent(type="first"))
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        # The commit that gets lost also mislays the sequence that looking it up needs: an error that nothing expects.
+        await connection.execute(
+            "CREATE FUNCTION mislay() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF to_regclass('collab_events_id_seq') IS NOT NULL THEN"
+            " ALTER SEQUENCE collab_events_id_seq RENAME TO mislaid; END IF; RETURN NULL; END $$"
+        )
+        await connection.execute(
+            "CREATE CONSTRAINT TRIGGER mislay AFTER INSERT ON collab_events DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION mislay()"
+        )
+        proxy.cut_before_server_says(COMMITTED)
+        tasks = [asyncio.create_task(append(service, session_id, NewEvent(client_seq=n))) for n in range(4)]
+
+        async def has_failed_to_look() -> bool:
+            cursor = await connection.execute(
+                "SELECT xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+            )
+            row = await cursor.fetchone()
+            return proxy.cuts == 1 and row is not None and row[0] > before
+
+        cursor = await connection.execute(
+            "SELECT xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+        )
+        row = await cursor.fetchone()
+        before = row[0] if row else 0
+        await until(has_failed_to_look, "a look that fails")
+        assert not any(task.done() for task in tasks)
+        await connection.execute("DROP TRIGGER mislay ON collab_events")
+        await connection.execute("ALTER SEQUENCE mislaid RENAME TO collab_events_id_seq")
+        appended = await asyncio.gather(*tasks)
+    stored = await read_checked(reader, session_id)
+    assert sorted(e.content.client_seq or 0 for e in stored[1:]) == [0, 1, 2, 3]
+    assert {a.events[0] for a in appended} == set(stored[1:])
+
+
 async def test_a_replay_in_doubt_is_looked_up_again(start_service: StartService, proxy: PostgresProxy) -> None:
     """A lost commit that stored nothing new leaves nothing to find out."""
     service = start_service(proxy.url)
