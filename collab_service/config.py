@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collab_service.model import Limits, QueueLimits
+from collab_service.model.limits import DEFAULT_MAX_FOLLOWERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +15,20 @@ class Config:
     """Where the PostgreSQL of our own keeps its data; used without a `database_url`."""
     database_url: str | None = None
     database_pool_size: int = 10
-    """Connections for everything but appending, which has up to six of its own."""
+    """Connections for all but appending (up to six), tails (two), notifications (two) and health (one)."""
     grpc_address: str = "127.0.0.1:50051"
     http_address: str = "127.0.0.1:8080"
     """For the JSON gateway, which is not there yet."""
+    workers: int = 1
+    """Processes that serve."""
+    share_port: bool = False
+    """Let other processes listen on the same port, as the workers of one `collab serve` do."""
+    keepalive: float = 30.0
+    """Seconds of silence after which a client is asked for a sign of life."""
+    max_followers: int = DEFAULT_MAX_FOLLOWERS
+    """Follows at once, of all sessions together."""
+    notify: bool = True
+    """Tell other processes of changes and listen to theirs; without, they are seen when each looks for itself."""
     shutdown_grace: float = 10.0
     """Seconds that calls in progress get to finish when the server stops."""
     limits: Limits = field(default_factory=Limits)

@@ -22,12 +22,15 @@ def configure_logs(log_format: LogFormat, level: str = "info") -> None:
     if log_format is LogFormat.AUTO:
         log_format = LogFormat.CONSOLE if terminal else LogFormat.JSON
     shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,  # such as which worker it is
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last: list[structlog.types.Processor]
     if log_format is LogFormat.JSON:
-        last = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        # Without the variables of the frames, among which are payloads.
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        last = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
     else:
         last = [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=structlog.dev.plain_traceback)]
     structlog.configure(

@@ -86,12 +86,27 @@ def server_database_url(new_database: Callable[[], str]) -> str:
     return new_database()
 
 
+def assert_no_call_was_left(process: ServeProcess) -> None:
+    """Assert that a server had nothing to wait for when it stopped."""
+    assert not [line for line in process.lines if line.get("event") == "the grace period is over"], process.text()
+
+
 @pytest.fixture(scope="session")
 def server(server_database_url: str, run_directory: Path) -> Iterator[ServeProcess]:
     """A running `collab serve` that tests share: each works in sessions of its own."""
     with ServeProcess("--database-url", server_database_url, cwd=run_directory) as process:
         yield process
         assert process.stop() == 0
+        assert_no_call_was_left(process)
+
+
+@pytest.fixture(scope="session")
+def second_server(server: ServeProcess, server_database_url: str, run_directory: Path) -> Iterator[ServeProcess]:
+    """Another process on the database of `server`, for tests that share both."""
+    with ServeProcess("--database-url", server_database_url, cwd=run_directory) as process:
+        yield process
+        assert process.stop() == 0
+        assert_no_call_was_left(process)
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +120,20 @@ def channel(server: ServeProcess) -> Iterator[grpc.Channel]:
 def stub(channel: grpc.Channel) -> CollabServiceStub:
     """A stub on the shared server."""
     return CollabServiceStub(channel)
+
+
+@pytest.fixture
+def own_cluster(directory: Path) -> Iterator[Cluster]:
+    """A PostgreSQL that the test may stop."""
+    account = postgres_account()
+    assert account is not None
+    data = DataDirectory(directory / "data", account)
+    cluster = Cluster(data)
+    cluster.start()
+    schema.migrate(cluster.url)
+    yield cluster
+    cluster.stop()
+    data.release()
 
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"  # the tests start processes and never fork

@@ -1,94 +1,185 @@
 """Reads a session's events page by page: the table is the buffer, and a reader is a cursor in it."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from collab_service.model import Event
 from collab_service.model.errors import DatabaseUnreachable, ServerSeqBeyondHead, SessionNotFound
-from collab_service.storage.database import Database
+from collab_service.storage.database import Database, DriverConnection
 from collab_service.storage.repository import reading
 
-_PAGE_EVENTS = 500
-_PAGE_BYTES = 1024 * 1024
+PAGE_EVENTS = 500
+PAGE_BYTES = 1024 * 1024
 _SCAN = 10_000
 """Numbers that one statement looks through at most, however few of them are of the types asked for."""
+
+_SHARED_PARTS = 8
+"""Different filters by type for which a chunk keeps what they leave of it."""
+_MUCH_ON_ITS_WAY = 64 * 1024 * 1024
+"""Bytes of pages that readers have not taken yet, from which on there are only small ones: readers that have stalled
+must not fill the memory."""
+_SMALL_PAGE_BYTES = 32 * 1024
+
+T = TypeVar("T")
+
+
+class Chunk:
+    """Events of a session in order, which many readers may share."""
+
+    __slots__ = ("_of_types", "encoded", "events", "size")
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = events
+        self.size = sum(map(event_size, events))
+        """Bytes of what the events say."""
+        self.encoded: bytes | None = None
+        """What the transport has made of the events; kept here so that it is made once for all readers."""
+        self._of_types: dict[frozenset[str], Chunk] = {}
+
+    def of_types(self, types: frozenset[str]) -> "Chunk":
+        """Return the part with the given types; the same object for readers who ask for the same."""
+        if not types:
+            return self
+        part = self._of_types.get(types)
+        if part is None:
+            part = Chunk([event for event in self.events if event.content.type in types])
+            if len(self._of_types) < _SHARED_PARTS:
+                self._of_types[types] = part
+        return part
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A stretch of a session's log."""
+    """A stretch of a session's log, as one message brings it."""
 
-    events: list[Event]
+    chunks: Sequence[Chunk]
     through: int
     """Every event up to this number that was asked for has been delivered with this page."""
     head: int
-    """The session's last number when reading began."""
+    """The session's last number as far as is known; always the end of an append."""
+
+    @property
+    def events(self) -> list[Event]:
+        """The events."""
+        return [event for chunk in self.chunks for event in chunk.events]
+
+    @property
+    def size(self) -> int:
+        """Bytes of what the events say."""
+        return sum(chunk.size for chunk in self.chunks)
 
 
-async def read_to_head(
-    database: Database, session_id: int, *, since: int, limit: int, types: Sequence[str]
-) -> AsyncIterator[Page]:
-    """Yield the events after `since` up to the head as it is now, at least one page.
-
-    Each page is one short transaction, so a slow reader holds nothing in the database.
-
-    Args:
-        database: Where to read.
-        session_id: The session.
-        since: Read what comes after this number.
-        limit: End after so many events; 0 means all.
-        types: Only events of these types; none means all.
-
-    Raises:
-        SessionNotFound: There is no such session (any more).
-        ServerSeqBeyondHead: The session has not reached `since`.
-    """
-    async with database.driver_connection(autocommit=True) as connection:
-        head = await reading.read_head(connection, session_id)
-    if head is None:
-        raise SessionNotFound(session_id=session_id)
-    if since > head:
-        raise ServerSeqBeyondHead(since, head)
-    if since == head:
-        yield Page([], head, head)
-    left = limit or head
-    while since < head and left:
-        page = await _read_page(database, session_id, since, head, types, min(left, _PAGE_EVENTS))
-        left -= len(page.events)
-        since = page.through
-        yield page
+def event_size(event: Event) -> int:
+    """Return the bytes of what an event says, which is most of what it takes in a message."""
+    content = event.content
+    size = 0
+    for part in (content.payload, content.actor_id, content.type, content.hash, content.idempotency_key):
+        if part is not None:
+            size += len(part) if isinstance(part, bytes) or part.isascii() else len(part.encode())
+    return size + len(content.signature)
 
 
-async def _read_page(
-    database: Database, session_id: int, since: int, head: int, types: Sequence[str], count: int
-) -> Page:
-    through = min(since + _SCAN, head)
-    events = await _read_events(database, session_id, since, through, types, count)
-    if events:
-        # More may follow below `through`: the page may have been full.
-        return Page(events, events[-1].server_seq, head)
-    async with database.driver_connection(autocommit=True) as connection:
-        if await reading.read_head(connection, session_id) is None:
-            raise SessionNotFound(session_id=session_id)
-    return Page([], through, head)
+class Reader:
+    """Reads events from the table. So many reads at once; further ones wait for their turn, however many they are."""
 
+    def __init__(self, database: Database, *, at_once: int) -> None:
+        self._database = database
+        self._turns = asyncio.Semaphore(at_once)
+        self._on_its_way = 0
 
-async def _read_events(
-    database: Database, session_id: int, since: int, through: int, types: Sequence[str], count: int
-) -> list[Event]:
-    for attempt in (1, 2):  # a pooled connection may have died in its sleep; reading again harms nobody
+    @contextmanager
+    def sending(self, size: int) -> Iterator[None]:
+        """Count so many bytes as being on their way to a reader, for the length of the block."""
+        self._on_its_way += size
         try:
-            async with database.driver_connection(autocommit=True) as connection:
-                return await reading.read_page(
-                    connection,
-                    session_id,
-                    after=since,
-                    through=through,
-                    types=types,
-                    count=count,
-                    max_bytes=_PAGE_BYTES,
-                )
-        except DatabaseUnreachable:
-            if attempt == 2:
-                raise
-    raise AssertionError("unreachable")
+            yield
+        finally:
+            self._on_its_way -= size
+
+    async def heads(self, session_ids: Sequence[int]) -> dict[int, int]:
+        """Return the last numbers of those of these sessions that exist."""
+        return await self._read(lambda connection: reading.read_heads(connection, session_ids))
+
+    async def head(self, session_id: int, *, since: int = 0) -> int:
+        """Return the session's last number.
+
+        Raises:
+            SessionNotFound: There is no such session (any more).
+            ServerSeqBeyondHead: The session has not reached `since`.
+        """
+        head = (await self.heads([session_id])).get(session_id)
+        if head is None:
+            raise SessionNotFound(session_id=session_id)
+        if since > head:
+            raise ServerSeqBeyondHead(since, head)
+        return head
+
+    async def page(
+        self, session_id: int, *, since: int, head: int, types: Collection[str] = (), count: int = PAGE_EVENTS
+    ) -> Page:
+        """Return the first events after `since`, up to `head`, at most `count` of them, in one short transaction.
+
+        Raises:
+            SessionNotFound: There is no such session (any more).
+        """
+        through = min(since + _SCAN, head)
+        events = await self._read(
+            lambda connection: reading.read_page(
+                connection,
+                session_id,
+                after=since,
+                through=through,
+                types=types,
+                count=min(count, PAGE_EVENTS),
+                max_bytes=PAGE_BYTES if self._on_its_way < _MUCH_ON_ITS_WAY else _SMALL_PAGE_BYTES,
+            )
+        )
+        if events:
+            # More may follow below `through`: the page may have been full.
+            return Page((Chunk(events),), events[-1].server_seq, head)
+        await self.head(session_id)
+        return Page((), through, head)
+
+    async def to_head(
+        self, session_id: int, *, since: int, limit: int, types: Collection[str]
+    ) -> AsyncGenerator[Page, None]:
+        """Yield the events after `since` up to the head as it is now, at least one page.
+
+        A slow reader holds nothing in the database between the pages.
+
+        Args:
+            session_id: The session.
+            since: Read what comes after this number.
+            limit: End after so many events; 0 means all.
+            types: Only events of these types; none means all.
+
+        Raises:
+            SessionNotFound: There is no such session (any more).
+            ServerSeqBeyondHead: The session has not reached `since`.
+        """
+        head = await self.head(session_id, since=since)
+        if since == head:
+            yield Page((), head, head)
+        left = limit or head
+        while since < head and left:
+            page = await self.page(session_id, since=since, head=head, types=types, count=left)
+            left -= len(page.events)
+            since = page.through
+            with self.sending(page.size):
+                held = [page]
+                del page  # its bytes may be on their way for long; nobody needs the events meanwhile
+                yield held.pop()
+
+    async def _read(self, statement: Callable[[DriverConnection], Awaitable[T]]) -> T:
+        async with self._turns:
+            for attempt in (1, 2):  # a pooled connection may have died in its sleep; reading again harms nobody
+                try:
+                    async with self._database.driver_connection(autocommit=True) as connection:
+                        return await statement(connection)
+                except DatabaseUnreachable:
+                    if attempt == 2:
+                        raise
+        raise AssertionError("unreachable")

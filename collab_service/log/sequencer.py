@@ -65,6 +65,9 @@ _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
 _GATHER = 0.006
 """Seconds to wait at most for callers who were active a moment ago."""
+_GATHER_PER_CALLER = 0.0002
+"""Seconds of that for each of them: for a few it is not worth more, since a transaction takes them less than a
+millisecond."""
 
 
 class Sequencer:
@@ -168,7 +171,7 @@ class Sequencer:
         await self._queue.wait_for(1)
         if self._expected > self._queue.ready:
             try:
-                async with asyncio.timeout(_GATHER):
+                async with asyncio.timeout(min(_GATHER, _GATHER_PER_CALLER * self._expected)):
                     await self._queue.wait_for(self._expected)
             except TimeoutError:
                 pass

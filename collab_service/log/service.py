@@ -1,23 +1,38 @@
 """What can be done with sessions and their logs: the use cases, one method each."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from itertools import groupby
+from operator import attrgetter
 
 from collab_service.config import Config
 from collab_service.log.activity import ActivityWriter
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.decide import Appended, AppendRequest
-from collab_service.log.reading import Page, read_to_head
+from collab_service.log.follow import follow
+from collab_service.log.notifications import Notifications
+from collab_service.log.reading import Page, Reader
 from collab_service.log.removal import Remover
 from collab_service.log.sequencer import Sequencer
-from collab_service.model import ListPosition, Session
-from collab_service.model.errors import CollabError, CommitOutcomeUnknown, SessionNotFound, StorageUnavailable
+from collab_service.log.tails import Tails
+from collab_service.model import Event, ListPosition, Session
+from collab_service.model.errors import (
+    CollabError,
+    CommitOutcomeUnknown,
+    SessionNotFound,
+    ShuttingDown,
+    StorageUnavailable,
+)
 from collab_service.storage.database import Database, Pulse
 from collab_service.storage.repository import sessions
 from collab_service.storage.times import now_micros
 
 _RELEASE_STEP = 1_000
 """Sessions that one transaction takes an owner off."""
+_TAIL_READS = 2
+"""Reads at once for the tails, on connections of their own: whatever keeps the others busy, followers are served."""
+_LAST_NOTIFICATION = 1.0
+"""Seconds for it when the process stops."""
 
 
 class LogService:
@@ -34,12 +49,20 @@ class LogService:
         self._database = Database(database_url, pool_size=config.database_pool_size)
         self._activity = ActivityWriter(self._database)
         self._remover = Remover(self._database)
+        self._reader = Reader(self._database, at_once=max(config.database_pool_size // 2, 1))
+        self._tails_database = Database(database_url, pool_size=_TAIL_READS)
+        self._tails = Tails(Reader(self._tails_database, at_once=_TAIL_READS), max_followers=config.max_followers)
+        self._notifications: Notifications | None = None
+        if config.notify:
+            self._notifications = Notifications(
+                self._database, on_change=self._tails.look_at, on_listening=self._tails.look_at_all
+            )
         self._tasks = BackgroundTasks(on_death)
         self._sequencer = Sequencer(
             self._database,
             config.queue,
             tasks=BackgroundTasks(on_death),
-            on_stored=self._activity.note,
+            on_stored=self._stored,
         )
 
     def start(self) -> None:
@@ -47,14 +70,26 @@ class LogService:
         self._sequencer.start()
         self._tasks.spawn(self._activity.run(), "activity")
         self._tasks.spawn(self._remover.run(), "removal")
+        self._tasks.spawn(self._tails.run(), "tails")
+        if self._notifications is not None:
+            self._tasks.spawn(self._notifications.listen(), "listen")
+            self._tasks.spawn(self._notifications.send(), "notify")
+
+    def stop_following(self) -> None:
+        """End all follows, also those that come from now on, with `ShuttingDown`."""
+        self._tails.close(ShuttingDown())
 
     async def stop(self, grace: float) -> None:
         """Write what waits, for `grace` seconds at most, and let go of the database."""
+        self.stop_following()
         await self._sequencer.stop(grace)
+        if self._notifications is not None:
+            await self._notifications.all_sent(_LAST_NOTIFICATION)
         await self._tasks.cancel()
         with suppress(CollabError):  # only a listing's order would have used it
             await self._activity.flush()
         await self._database.dispose()
+        await self._tails_database.dispose()
 
     def pulse(self) -> Pulse:
         """Return something to feel the database's pulse with."""
@@ -119,6 +154,8 @@ class LogService:
             if not await sessions.mark_deleted(connection, session_id, now_micros()):
                 raise SessionNotFound(session_id=session_id)
         self._remover.wake()
+        self._tails.look_at([session_id])
+        self._tell_others(session_id)
 
     async def remove_user(self, user_id: str) -> int:
         """Take a user off the sessions they own, in steps, and return how many those were.
@@ -144,9 +181,27 @@ class LogService:
         """Append events to a session, all or nothing; see `Sequencer.append`."""
         return self._sequencer.append(request)
 
-    def read(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncIterator[Page]:
-        """Read a session's events up to the head as it is now; see `read_to_head`."""
-        return read_to_head(self._database, session_id, since=since, limit=limit, types=types)
+    def read(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncGenerator[Page, None]:
+        """Read a session's events up to the head as it is now; see `Reader.to_head`."""
+        return self._reader.to_head(session_id, since=since, limit=limit, types=types)
+
+    def follow(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncGenerator[Page, None]:
+        """Read a session's events, then those that come; see `follow`."""
+        if self._notifications is not None:
+            self._notifications.want_to_hear()
+        return follow(self._reader, self._tails, session_id, since=since, limit=limit, types=frozenset(types))
+
+    def _stored(self, events: Sequence[Event]) -> None:
+        """Take note of what a transaction of this process has committed, before anybody is answered."""
+        self._activity.note(events)
+        for session_id, stored in groupby(events, key=attrgetter("session_id")):
+            fresh = list(stored)
+            self._tails.feed(session_id, fresh)
+            self._tell_others(session_id, len(fresh))
+
+    def _tell_others(self, session_id: int, events: int = 0) -> None:
+        if self._notifications is not None:
+            self._notifications.tell(session_id, events)
 
 
 def _found(session: Session | None, *, session_id: int | None = None, room: str | None = None) -> Session:

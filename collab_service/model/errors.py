@@ -10,6 +10,7 @@
     ├── ServerSeqBeyondHead
     ├── Overloaded
     │   └── ReaderStalled
+    ├── TooManyFollowers
     ├── ShuttingDown
     ├── CommitOutcomeUnknown         (the only one after which something may have been written)
     └── StorageUnavailable
@@ -155,6 +156,13 @@ class Overloaded(CollabError):
 
 class ReaderStalled(Overloaded):
     """The reader took no message for too long; read on from the last number seen."""
+
+
+class TooManyFollowers(CollabError):
+    """This server has as many followers as it accepts; another may have room."""
+
+    reason = Reason.TOO_MANY_FOLLOWERS
+    retry_after = 1.0
 
 
 class ShuttingDown(CollabError):

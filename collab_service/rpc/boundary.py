@@ -7,7 +7,8 @@ but our own errors: the text of an unexpected exception stays in the log.
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -50,23 +51,22 @@ class Boundary:
         name = method.name
 
         async def call(data: bytes, context: Context) -> Any:
-            if self._draining:
-                return await _fail(name, context, ShuttingDown())
-            self._calls += 1
-            self._idle.clear()
             try:
-                return await behaviour(_decoded(decode, data), context)
-            except asyncio.CancelledError:
+                if self._draining:
+                    return await _fail(name, context, ShuttingDown())
+                try:
+                    with self._counted():
+                        return await behaviour(_decoded(decode, data), context)
+                except (asyncio.CancelledError, grpc.aio.InternalError):
+                    raise
+                except Exception as error:
+                    failure = error
+                # No longer counted: a client that takes no message takes no status either.
+                await _fail(name, context, failure)
+            except (asyncio.CancelledError, grpc.aio.InternalError) as error:
+                # The latter is what sending says when the client is gone, just before grpc cancels the call.
                 _log.info("call was cancelled", method=name, request_id=_request_id(context))
-                raise
-            except Exception as error:
-                failure = error
-            finally:
-                self._calls -= 1
-                if not self._calls:
-                    self._idle.set()
-            # No longer counted: a client that takes no message takes no status either.
-            await _fail(name, context, failure)
+                raise asyncio.CancelledError from error
 
         async def stream_call(requests: Any, context: Context) -> Any:
             return await call(b"", context)
@@ -75,8 +75,19 @@ class Boundary:
         if method.client_streaming:
             return grpc.stream_stream_rpc_method_handler(stream_call, response_serializer=encode)
         if method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(call, response_serializer=encode)
+            return grpc.unary_stream_rpc_method_handler(call)  # it writes bytes
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
 
     async def drain(self) -> None:
         """Refuse calls from now on, and wait until those in progress have finished."""

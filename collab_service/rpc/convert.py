@@ -2,7 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from collab_service.log.reading import Page
+from collab_service.log.reading import Chunk, Page
 from collab_service.model import Event, Session
 from collab_service.v1 import collab_service_pb2 as pb
 
@@ -52,8 +52,17 @@ def event_message(event: Event) -> pb.Event:
     return message
 
 
-def page_message(page: Page) -> pb.ListEventsResponse:
-    """Return a page of events as a message."""
-    return pb.ListEventsResponse(
-        events=map(event_message, page.events), through_server_seq=page.through, head_server_seq=page.head
-    )
+def page_bytes(page: Page) -> bytes:
+    """Return a page of events as the bytes of a `ListEventsResponse`.
+
+    The events of a chunk are encoded once, whoever they go to. Encoded messages that are put one after the other are
+    one message (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
+    """
+    bookmark = pb.ListEventsResponse(through_server_seq=page.through, head_server_seq=page.head)
+    return b"".join((*map(_chunk_bytes, page.chunks), bookmark.SerializeToString()))
+
+
+def _chunk_bytes(chunk: Chunk) -> bytes:
+    if chunk.encoded is None:
+        chunk.encoded = pb.ListEventsResponse(events=map(event_message, chunk.events)).SerializeToString()
+    return chunk.encoded

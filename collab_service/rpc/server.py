@@ -1,8 +1,11 @@
 """The gRPC server: what it listens on, what it offers, and the order in which it stops."""
 
 import asyncio
+import errno
 import ipaddress
+import socket
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import structlog
@@ -21,9 +24,9 @@ _log = structlog.get_logger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CollabService"]
 
-_MINUTE_MS = 60_000
 _LINGER = 0.5
 """Seconds to go on refusing new calls before the port closes."""
+_PENDING_CALLS = 20_000
 _FLUSH = 1.0
 """Seconds for the last answers to get out, once the calls are done."""
 
@@ -42,6 +45,41 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
         raise AddressError(f"{address!r} is no address; it looks like 127.0.0.1:50051 or [::1]:50051")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def refuse_used_port(address: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Return the family and the place of an address that nobody listens on, the first where a name has several.
+
+    The check is to bind it without `SO_REUSEPORT`: with that, one comes to share a port with whoever has set it, too;
+    and grpc is content with one of several places that a name such as `localhost` stands for.
+
+    Raises:
+        AddressError: Somebody listens there, or it is not an address of this machine.
+    """
+    host, port = split_address(address)
+    free: list[tuple[socket.AddressFamily, tuple[Any, ...]]] = []
+    try:
+        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+                try:
+                    probe.bind(place)
+                except OSError as error:
+                    if error.errno != errno.EADDRNOTAVAIL:  # as for ::1 where there is no IPv6
+                        raise
+                else:
+                    free.append((family, place))
+        return free[0]
+    except (OSError, IndexError) as error:
+        raise cannot_listen(address) from error
+
+
+def cannot_listen(address: str) -> AddressError:
+    """Return the error that says so."""
+    return AddressError(
+        f"cannot listen on {address}: it is in use or not an address of this machine; "
+        "choose another with --grpc-address"
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -67,6 +105,7 @@ class Server:
         self._service = LogService(config, database_url, on_death=on_death)
         self._health = HealthMonitor(self._service.pulse(), ("", SERVICE.full_name))
         self._tasks = BackgroundTasks(on_death)
+        self._servicer = Servicer(self._service, config.limits)
         self._boundary = Boundary()
         self._grpc: grpc.aio.Server | None = None
 
@@ -82,13 +121,12 @@ class Server:
         self._tasks.spawn(self._health.run(), "health")
         host, port = split_address(self._config.grpc_address)
         written = f"[{host}]" if ":" in host else host
+        if not self._config.share_port:
+            refuse_used_port(self._config.grpc_address)
         try:
             bound = self._grpc.add_insecure_port(f"{written}:{port}")
         except RuntimeError as error:
-            raise AddressError(
-                f"cannot listen on {self._config.grpc_address}: it is in use or not an address of this machine; "
-                "choose another with --grpc-address"
-            ) from error
+            raise cannot_listen(self._config.grpc_address) from error
         await self._grpc.start()
         return f"{written}:{bound}"
 
@@ -96,8 +134,10 @@ class Server:
         """Stop so that nothing acknowledged is lost, and nothing in progress cut within `grace` seconds."""
         # 1. Not ready: load balancers send nothing new.
         await self._health.drain()
-        # 2. New calls are refused with a reason, and those in progress finish. That goes on for a moment before the
-        # port closes: grpc itself refuses by cancelling calls that have arrived but not begun, and tells nobody why.
+        # 2. Follows end, new calls are refused with a reason, and those in progress finish. That goes on for a moment
+        # before the port closes: grpc itself refuses by cancelling calls that have arrived but not begun, and tells
+        # nobody why.
+        self._servicer.stop_following()
         try:
             async with asyncio.timeout(grace):
                 await self._boundary.drain()
@@ -115,25 +155,31 @@ class Server:
         server = grpc.aio.server(
             options=[
                 # A port that another process listens on is an error, not something to share by accident.
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(self._config.share_port)),
                 ("grpc.max_receive_message_length", self._config.limits.message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.absolute_max_metadata_size", 32 * 1024),
                 ("grpc.max_concurrent_streams", 4_096),
+                # Calls that have arrived and not begun: after a restart every follower comes back at once. grpc itself
+                # would turn some away from a thousand on, without a reason.
+                ("grpc.server.max_pending_requests", _PENDING_CALLS),
+                ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING_CALLS),
                 # Load balancers drop connections that are silent for as little as a minute, and a client that has
-                # vanished says nothing. So the server pings after half a minute, and lets clients ping as often as
-                # every five seconds, also between calls.
-                ("grpc.keepalive_time_ms", _MINUTE_MS // 2),
-                ("grpc.keepalive_timeout_ms", _MINUTE_MS // 6),
+                # vanished says nothing. So the server pings after half a minute (unless configured), waits a third of
+                # that for an answer, and lets clients ping as often as every five seconds, also between calls.
+                ("grpc.keepalive_time_ms", int(self._config.keepalive * 1000)),
+                ("grpc.keepalive_timeout_ms", int(self._config.keepalive * 1000 / 3)),
+                # The time for an answer is a minute otherwise, where the client's system still acknowledges packets.
+                ("grpc.http2.ping_timeout_ms", int(self._config.keepalive * 1000 / 3)),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )
-        servicer = Servicer(self._service, self._config.limits)
         handlers = {
-            method.name: self._boundary.handler(method, getattr(servicer, method.name)) for method in SERVICE.methods
+            method.name: self._boundary.handler(method, getattr(self._servicer, method.name))
+            for method in SERVICE.methods
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)

@@ -1,18 +1,21 @@
 """The RPCs. Each does four things: validate, convert, call, convert back."""
 
 import asyncio
+from contextlib import aclosing, suppress
 
 from collab_service.log.service import LogService
 from collab_service.model import Limits
-from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled
+from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled, ShuttingDown
 from collab_service.rpc.boundary import Context, Unimplemented
-from collab_service.rpc.convert import event_message, page_message, session_message, timestamp
+from collab_service.rpc.convert import event_message, page_bytes, session_message, timestamp
 from collab_service.rpc.page_token import make_page_token
 from collab_service.rpc.validate import Check
 from collab_service.v1 import collab_service_pb2 as pb
 
 _STALLED = 60.0
 """Seconds after which a reader that takes no message is ended."""
+_LAST_MESSAGE = 1.0
+"""Seconds that a follower gets to take its last message when the server stops."""
 
 
 class Servicer:
@@ -21,6 +24,16 @@ class Servicer:
     def __init__(self, service: LogService, limits: Limits) -> None:
         self._service = service
         self._limits = limits
+        self._follow_writes: set[asyncio.Timeout] = set()
+        self._stopping = False
+
+    def stop_following(self) -> None:
+        """End all follows, also those whose reader takes no message."""
+        self._stopping = True
+        self._service.stop_following()
+        for timeout in self._follow_writes:
+            with suppress(RuntimeError):  # it has just run out
+                timeout.reschedule(asyncio.get_running_loop().time() + _LAST_MESSAGE)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Create a session, or return the one that has the room."""
@@ -117,15 +130,24 @@ class Servicer:
             check.at_least(0, "since_server_seq", request.since_server_seq)
             check.at_least(0, "limit", request.limit)
             types = check.types(request.types)
-        if request.follow:
-            raise Unimplemented("follow comes with a later version; call again with since_server_seq")
-        pages = self._service.read(request.session_id, since=request.since_server_seq, limit=request.limit, types=types)
-        async for page in pages:
-            try:
-                async with asyncio.timeout(_STALLED):
-                    await context.write(page_message(page))
-            except TimeoutError:
-                raise ReaderStalled from None
+        read = self._service.follow if request.follow else self._service.read
+        pages = read(request.session_id, since=request.since_server_seq, limit=request.limit, types=types)
+        async with aclosing(pages):
+            async for page in pages:
+                message = page_bytes(page)
+                del page  # a reader that stalls shall cost no more than the bytes
+                await self._write(message, context, follow=request.follow)
+
+    async def _write(self, message: bytes, context: Context, *, follow: bool) -> None:
+        try:
+            async with asyncio.timeout(_LAST_MESSAGE if follow and self._stopping else _STALLED) as timeout:
+                if follow:
+                    self._follow_writes.add(timeout)
+                await context.write(message)
+        except TimeoutError:
+            raise ShuttingDown if follow and self._stopping else ReaderStalled from None
+        finally:
+            self._follow_writes.discard(timeout)
 
     def _language_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> int | None:
         return check.at_least(1, "language_id", request.language_id) if request.HasField("language_id") else None

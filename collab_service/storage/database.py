@@ -91,8 +91,12 @@ class Database:
         connection = await psycopg.AsyncConnection.connect(
             self._url, autocommit=True, application_name="collab-service", client_encoding="UTF8", **_LIVENESS
         )
-        await connection.execute(_SET_UP_SESSION)
-        await connection.set_autocommit(False)
+        try:
+            await connection.execute(_SET_UP_SESSION)
+            await connection.set_autocommit(False)
+        except BaseException:
+            await connection.close()
+            raise
         load_times_as_micros(connection)
         return connection
 

@@ -114,6 +114,11 @@ class PipelineConnection:
         """The warnings that came with the last group."""
         return self._warnings
 
+    @property
+    def backend_pid(self) -> int:
+        """The number of the server's process behind the connection."""
+        return self._pgconn.backend_pid
+
     def close(self) -> None:
         """Close the connection."""
         if self.usable:

@@ -157,7 +157,14 @@ class CollabServiceStub:
 
     A message holds at most 500 events and about 1 MiB; a larger event comes
     alone. A slow reader reads at its own pace and never holds up a writer; one
-    that has not taken a message for 60 s is ended with `OVERLOADED`.
+    that has not taken a message for 60 s is ended with `OVERLOADED`. Where
+    `types` let little through, bookmarks come at most once a second.
+
+    A follow that has begun outlives a restart of the database, during which
+    bookmarks go on to come. When the database has been away for 30 s, it ends
+    with `STORAGE_UNAVAILABLE`; when the server stops, with `SHUTTING_DOWN`;
+    when the database was restored to an earlier state than the follower has
+    seen, with `SERVER_SEQ_BEYOND_HEAD`.
 
     Errors: `INVALID_REQUEST`, `SESSION_NOT_FOUND` (also when the session is
     deleted meanwhile), `SERVER_SEQ_BEYOND_HEAD`, `SERVER_SEQ_COMPACTED`,
@@ -293,7 +300,14 @@ class CollabServiceAsyncStub(CollabServiceStub):
 
     A message holds at most 500 events and about 1 MiB; a larger event comes
     alone. A slow reader reads at its own pace and never holds up a writer; one
-    that has not taken a message for 60 s is ended with `OVERLOADED`.
+    that has not taken a message for 60 s is ended with `OVERLOADED`. Where
+    `types` let little through, bookmarks come at most once a second.
+
+    A follow that has begun outlives a restart of the database, during which
+    bookmarks go on to come. When the database has been away for 30 s, it ends
+    with `STORAGE_UNAVAILABLE`; when the server stops, with `SHUTTING_DOWN`;
+    when the database was restored to an earlier state than the follower has
+    seen, with `SERVER_SEQ_BEYOND_HEAD`.
 
     Errors: `INVALID_REQUEST`, `SESSION_NOT_FOUND` (also when the session is
     deleted meanwhile), `SERVER_SEQ_BEYOND_HEAD`, `SERVER_SEQ_COMPACTED`,
@@ -486,7 +500,14 @@ class CollabServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A message holds at most 500 events and about 1 MiB; a larger event comes
         alone. A slow reader reads at its own pace and never holds up a writer; one
-        that has not taken a message for 60 s is ended with `OVERLOADED`.
+        that has not taken a message for 60 s is ended with `OVERLOADED`. Where
+        `types` let little through, bookmarks come at most once a second.
+
+        A follow that has begun outlives a restart of the database, during which
+        bookmarks go on to come. When the database has been away for 30 s, it ends
+        with `STORAGE_UNAVAILABLE`; when the server stops, with `SHUTTING_DOWN`;
+        when the database was restored to an earlier state than the follower has
+        seen, with `SERVER_SEQ_BEYOND_HEAD`.
 
         Errors: `INVALID_REQUEST`, `SESSION_NOT_FOUND` (also when the session is
         deleted meanwhile), `SERVER_SEQ_BEYOND_HEAD`, `SERVER_SEQ_COMPACTED`,

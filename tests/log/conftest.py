@@ -3,12 +3,12 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from collab_service.config import Config
 from collab_service.log.service import LogService
-from collab_service.model import QueueLimits
 
 StartService = Callable[..., LogService]
 
@@ -19,8 +19,8 @@ async def start_service(database_url: str) -> AsyncIterator[StartService]:
     deaths: list[str] = []
     async with AsyncExitStack() as stack:
 
-        def start(url: str = database_url, queue: QueueLimits | None = None) -> LogService:
-            config = Config(data_dir=Path("/nonexistent"), queue=queue or QueueLimits())
+        def start(url: str = database_url, **settings: Any) -> LogService:
+            config = Config(data_dir=Path("/nonexistent"), **settings)
             service = LogService(config, url, on_death=lambda: deaths.append("died"))
             service.start()
             stack.push_async_callback(service.stop, 5)

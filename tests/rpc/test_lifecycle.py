@@ -2,35 +2,18 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from collab_service.storage import schema
-from collab_service.storage.embedded import Cluster, DataDirectory
-from collab_service.storage.embedded.accounts import postgres_account
+from collab_service.storage.embedded import Cluster
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.processes import ServeProcess
 from tests.rpc.calls import Failure, append, events, failure, new_session
 
 SERVING, NOT_SERVING = 1, 2
-
-
-@pytest.fixture
-def own_cluster(directory: Path) -> Iterator[Cluster]:
-    """A PostgreSQL that the test may stop."""
-    account = postgres_account()
-    assert account is not None
-    data = DataDirectory(directory / "data", account)
-    cluster = Cluster(data)
-    cluster.start()
-    schema.migrate(cluster.url)
-    yield cluster
-    cluster.stop()
-    data.release()
 
 
 def until(holds: Callable[[], bool], what: str, seconds: float = 20) -> None:

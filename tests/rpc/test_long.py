@@ -10,18 +10,11 @@ import pytest
 
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
+from tests.memory import resident_kilobytes
 from tests.processes import ServeProcess
 from tests.rpc.calls import append, failure, new_session
 
 MILLION = 1_000_000
-
-
-def resident_kilobytes(pid: int) -> int:
-    """Return a process's resident memory."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise AssertionError("no VmRSS")
 
 
 @pytest.mark.long

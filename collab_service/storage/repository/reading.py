@@ -1,14 +1,15 @@
 """The statements that read a session's events."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from collab_service.model import Event
 from collab_service.storage.database import DriverConnection
 from collab_service.storage.repository.rows import EVENT_COLUMNS, event_from_row
 
-_HEAD = """
-SELECT coalesce((SELECT server_seq FROM collab_events WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1), 0)
-FROM collab_sessions s WHERE s.id = %s AND s.deleted_at IS NULL
+_HEADS = """
+SELECT s.id,
+    coalesce((SELECT server_seq FROM collab_events WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1), 0)
+FROM collab_sessions s WHERE s.id = ANY(%s) AND s.deleted_at IS NULL
 """
 
 # A page is bounded by a count and by bytes, before anything is fetched: the running sum looks at the lengths that
@@ -31,12 +32,11 @@ _PAGE_OF_ALL = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="")
 _PAGE_OF_TYPES = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="AND type = ANY(%(types)s)")
 
 
-async def read_head(connection: DriverConnection, session_id: int) -> int | None:
-    """Return the session's last number, 0 when it has no event; None when there is no such session."""
+async def read_heads(connection: DriverConnection, session_ids: Sequence[int]) -> dict[int, int]:
+    """Return each session's last number, 0 when it has no event; sessions that do not exist are left out."""
     cursor = connection.cursor(binary=True)
-    await cursor.execute(_HEAD, (session_id,), prepare=True)
-    row = await cursor.fetchone()
-    return None if row is None else row[0]
+    await cursor.execute(_HEADS, (list(session_ids),), prepare=True)
+    return dict(await cursor.fetchall())
 
 
 async def read_page(
@@ -45,7 +45,7 @@ async def read_page(
     *,
     after: int,
     through: int,
-    types: Sequence[str],
+    types: Collection[str],
     count: int,
     max_bytes: int,
 ) -> list[Event]:

@@ -1,0 +1,217 @@
+"""The newest events of one followed session, kept in memory for those who follow it."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from collab_service.log.reading import PAGE_BYTES, PAGE_EVENTS, Chunk, event_size
+from collab_service.model import Event
+
+_EVENT_BYTES = 512
+"""What an event weighs in memory besides what it says, roughly."""
+_ROUND_PER_FOLLOWER = 0.00008
+"""Seconds between deliveries, for each follower: about twice what it costs to write a message to one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """A chunk that was handed out."""
+
+    chunk: Chunk
+    end: int
+    """The number of its last event."""
+    at: float
+    """When, on the loop's clock."""
+
+    @property
+    def weight(self) -> int:
+        """What it takes of the memory: the events, and their encoding."""
+        return 2 * self.chunk.size + _EVENT_BYTES * len(self.chunk.events)
+
+
+class Tail:
+    """A stretch of the log up to its end, `(start, end]`, without gaps; and the followers who wait there.
+
+    What is committed arrives in order (`feed`) and is handed out in rounds: all that has come since the last round
+    becomes one chunk, which is encoded once, and everybody who waits is woken. With few followers a round begins at
+    once; with many it waits a little for more events, so that delivering leaves time for everything else.
+    """
+
+    def __init__(self, session_id: int, max_bytes: int) -> None:
+        """Prepare; nothing is known yet.
+
+        Args:
+            session_id: The session.
+            max_bytes: How much memory to use, roughly; the newest round is kept whatever its size.
+        """
+        self.session_id = session_id
+        self.max_bytes = max_bytes
+        self.followers = 0
+        self.known = False
+        """Whether the session's head has been looked up, or an event has come."""
+        self.head = 0
+        """The highest number that is known to be committed. Always the end of an append."""
+        self.failing_since: float | None = None
+        """Since when what other processes wrote could not be read."""
+        self._start = 0
+        self._end = 0
+        self._handed: list[_Handed] = []
+        self._weight = 0
+        self._coming: list[Event] = []
+        """What the next round will hand out."""
+        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._loop = asyncio.get_running_loop()
+        self._next_round = 0.0
+        self._round: asyncio.TimerHandle | None = None
+        self._ended: Exception | None = None
+        self.ending: asyncio.Future[None] = self._loop.create_future()
+        """Done when following has come to an end; `check` tells why."""
+
+    @property
+    def reached(self) -> int:
+        """The number up to which events have come."""
+        return self._coming[-1].server_seq if self._coming else self._end
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there are committed events that have not come, because another process wrote them."""
+        return self.reached < self.head
+
+    def learn(self, head: int) -> None:
+        """Take note that everything up to `head` is committed."""
+        if not self.known:
+            self.known = True
+            self._start = self._end = head
+        self.head = max(self.head, head)
+
+    def feed(self, events: Sequence[Event], head: int) -> None:
+        """Take events that are committed, neighbours in order; what has come before, or would leave a gap, is left out.
+
+        Args:
+            events: At least one.
+            head: A number up to which everything is committed, at the end of an append.
+        """
+        first = events[0].server_seq
+        self.learn(first - 1)
+        self.head = max(self.head, head)
+        if first <= self.reached + 1 <= events[-1].server_seq:
+            self._coming.extend(events[self.reached + 1 - first :])
+            now = self._loop.time()
+            if now >= self._next_round:
+                self._hand_out()
+            elif self._round is None:
+                self._round = self._loop.call_at(self._next_round, self._hand_out)
+
+    def after(self, position: int) -> list[Chunk] | None:
+        """Return what has been handed out after `position`, as much as one message holds; None when it is gone."""
+        if position < self._start:
+            return None
+        found: list[Chunk] = []
+        count = size = 0
+        for index in range(bisect_right(self._handed, position, key=_end), len(self._handed)):
+            chunk = self._handed[index].chunk
+            if (known := position + 1 - chunk.events[0].server_seq) > 0:
+                chunk = Chunk(chunk.events[known:])
+            count += len(chunk.events)
+            size += chunk.size
+            if found and (count > PAGE_EVENTS or size > PAGE_BYTES):
+                break
+            found.append(chunk)
+        return found
+
+    async def wait(self, position: int, seconds: float) -> None:
+        """Wait until there may be something after `position`, or the end has come, but not longer than `seconds`."""
+        if self._ended is not None or self._end > position:
+            return
+        waiting = self._loop.create_future()
+        self._waiting[waiting] = None
+        timer = self._loop.call_later(seconds, _wake, waiting)
+        try:
+            await waiting
+        finally:
+            timer.cancel()
+            self._waiting.pop(waiting, None)
+
+    def end(self, error: Exception) -> None:
+        """Tell everybody who follows that it is over."""
+        if self._ended is None:
+            self._ended = error
+            self.ending.set_result(None)
+        self._wake_all()
+
+    def check(self) -> None:
+        """Raise the reason when following has come to an end."""
+        if self._ended is not None:
+            # It is raised to many; what one of them makes of it is nothing to the next.
+            raise self._ended.with_traceback(None)
+
+    def close(self) -> None:
+        """Let go: nobody follows any more."""
+        if self._round is not None:
+            self._round.cancel()
+            self._round = None
+
+    def forget(self, before: float, max_bytes: int) -> None:
+        """Let go of what was handed out before a time, on the loop's clock, and keep to another size from now on."""
+        self.max_bytes = max_bytes
+        count = 0
+        while count < len(self._handed) and self._handed[count].at < before:
+            count += 1
+        self._forget(count)
+        self._keep_to_size(self._loop.time())
+
+    def _hand_out(self) -> None:
+        self.close()
+        now = self._loop.time()
+        self._next_round = now + _ROUND_PER_FOLLOWER * self.followers
+        events, self._coming = self._coming, []
+        for chunk in _chunks_of(events):
+            handed = _Handed(chunk, chunk.events[-1].server_seq, now)
+            self._handed.append(handed)
+            self._weight += handed.weight
+        self._end = events[-1].server_seq
+        self._keep_to_size(now)
+        self._wake_all()
+
+    def _keep_to_size(self, now: float) -> None:
+        count, weight = 0, self._weight
+        while weight > self.max_bytes and self._handed[count].at < now:
+            weight -= self._handed[count].weight
+            count += 1
+        self._forget(count)
+
+    def _forget(self, count: int) -> None:
+        if count:
+            self._weight -= sum(handed.weight for handed in self._handed[:count])
+            self._start = self._handed[count - 1].end
+            del self._handed[:count]
+
+    def _wake_all(self) -> None:
+        for waiting in self._waiting:
+            _wake(waiting)
+        self._waiting.clear()
+
+
+def _end(handed: _Handed) -> int:
+    return handed.end
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
+
+
+def _chunks_of(events: Sequence[Event]) -> list[Chunk]:
+    """Divide events so that each part fits into a message."""
+    chunks: list[Chunk] = []
+    part: list[Event] = []
+    size = 0
+    for event in events:
+        size += event_size(event)
+        if part and (len(part) == PAGE_EVENTS or size > PAGE_BYTES):
+            chunks.append(Chunk(part))
+            part, size = [], event_size(event)
+        part.append(event)
+    chunks.append(Chunk(part))
+    return chunks

@@ -1,0 +1,131 @@
+"""A client that speaks just enough HTTP/2 (RFC 9113) to follow sessions, at little cost, and to misbehave.
+
+The grpc library reads ahead, answers pings, and costs as much for each message as the server does. This one reads only
+when told to, leaves pings unanswered when told to, and takes a message in a few microseconds.
+"""
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Self, cast
+
+from collab_service.v1 import collab_service_pb2 as pb
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
+_INITIAL_WINDOW_SIZE = 4
+_LARGEST_WINDOW = 2**31 - 1
+_DEFAULT_WINDOW = 65_535
+
+OnMessage = Callable[[int, bytes], None]
+"""Called with the number of the stream on its connection, from 0, and the bytes of a message."""
+
+
+class FollowConnection(asyncio.Protocol):
+    """A connection with `ListEvents` calls on it."""
+
+    def __init__(self, address: str, on_message: OnMessage, *, window: int, answer_pings: bool) -> None:
+        self._address = address
+        self._on_message = on_message
+        self._window = window
+        self._answer_pings = answer_pings
+        self._unread = bytearray()
+        self._streams: dict[int, bytearray] = {}
+        self.transport: asyncio.Transport
+        self.begun_streams = 0
+        self.ended_streams = 0
+        self.closed = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def open(
+        cls, address: str, on_message: OnMessage, *, window: int = _LARGEST_WINDOW, answer_pings: bool = True
+    ) -> Self:
+        """Connect.
+
+        Args:
+            address: The server's.
+            on_message: What to do with messages.
+            window: How many bytes the server may send on a stream; it never gets more.
+            answer_pings: Whether to show signs of life.
+        """
+        host, _, port = address.rpartition(":")
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: cls(address, on_message, window=window, answer_pings=answer_pings), host, int(port)
+        )
+        return connection
+
+    def follow(self, request: pb.ListEventsRequest) -> int:
+        """Call `ListEvents` and return the stream's number."""
+        message = request.SerializeToString()
+        stream_id = 2 * len(self._streams) + 1
+        self._streams[stream_id] = bytearray()
+        headers = (
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", "/collab_service.v1.CollabService/ListEvents"),
+            (":authority", self._address),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+        )
+        self._send(_HEADERS, _END_HEADERS, stream_id, b"".join(_field(*header) for header in headers))
+        self._send(_DATA, _END_STREAM, stream_id, b"\0" + struct.pack(">I", len(message)) + message)
+        return stream_id // 2
+
+    def grow_windows(self, size: int) -> None:
+        """Let the server send so many bytes more on every stream."""
+        for stream_id in self._streams:
+            self._send(_WINDOW_UPDATE, 0, stream_id, struct.pack(">I", size))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Say hello."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
+        self.transport.write(_PREFACE)
+        self._send(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, self._window))
+        self._send(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _LARGEST_WINDOW - _DEFAULT_WINDOW))
+
+    def data_received(self, data: bytes) -> None:
+        """Take frames."""
+        unread = self._unread
+        unread += data
+        place = 0
+        while len(unread) - place >= 9:
+            length = int.from_bytes(unread[place : place + 3], "big")
+            end = place + 9 + length
+            if len(unread) < end:
+                break
+            kind, flags = unread[place + 3], unread[place + 4]
+            self._take(kind, flags, int.from_bytes(unread[place + 5 : place + 9], "big"), unread[place + 9 : end])
+            place = end
+        del unread[:place]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Note the end."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def _take(self, kind: int, flags: int, stream_id: int, payload: bytearray) -> None:
+        if kind == _DATA:
+            stream = self._streams[stream_id]
+            stream += payload
+            while len(stream) >= 5 and len(stream) >= (end := 5 + int.from_bytes(stream[1:5], "big")):
+                self._on_message(stream_id // 2, bytes(stream[5:end]))
+                del stream[:end]
+        elif kind == _SETTINGS and not flags & _ACK:
+            self._send(_SETTINGS, _ACK, 0)
+        elif kind == _PING and not flags & _ACK and self._answer_pings:
+            self._send(_PING, _ACK, 0, bytes(payload))
+        elif kind == _HEADERS and not flags & _END_STREAM:
+            self.begun_streams += 1
+        elif kind == _RST_STREAM or (kind == _HEADERS and flags & _END_STREAM):
+            self.ended_streams += 1
+
+    def _send(self, kind: int, flags: int, stream_id: int, payload: bytes = b"") -> None:
+        self.transport.write(
+            struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream_id) + payload
+        )
+
+
+def _field(name: str, value: str) -> bytes:
+    """Return a header as a literal that is not indexed (RFC 7541, section 6.2.2)."""
+    return b"".join((b"\0", *(struct.pack("B", len(text)) + text.encode() for text in (name, value))))

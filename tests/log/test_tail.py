@@ -1,0 +1,215 @@
+"""The tail: what is kept in memory of a followed session, and how it is handed out."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collab_service.log.tail import Tail
+from collab_service.model import Event, NewEvent
+from collab_service.model.errors import ShuttingDown
+from tests.waiting import until
+
+
+def events(first: int, last: int, payload: str = "{}") -> list[Event]:
+    """Return events with these numbers."""
+    return [Event(n, 1, n, n, b"", NewEvent(payload=payload)) for n in range(first, last + 1)]
+
+
+def numbers_after(tail: Tail, position: int) -> list[int] | None:
+    """Return the numbers that the tail hands to somebody at a position."""
+    chunks = tail.after(position)
+    return None if chunks is None else [event.server_seq for chunk in chunks for event in chunk.events]
+
+
+@pytest.fixture
+async def tail() -> Tail:
+    """A tail of a session whose head was found to be 10, with a follower."""
+    tail = Tail(1, 1024 * 1024)
+    tail.followers = 1
+    tail.learn(10)
+    return tail
+
+
+async def test_events_that_continue_it(tail: Tail) -> None:
+    """What continues the tail is handed out from any number on; what lies before it is in the table."""
+    tail.feed(events(11, 13), 13)
+    await until_handed_out(tail, 13)
+    assert numbers_after(tail, 9) is None
+    assert numbers_after(tail, 10) == [11, 12, 13]
+    assert numbers_after(tail, 12) == [13]
+    assert numbers_after(tail, 13) == []
+    assert not tail.is_behind
+
+
+async def test_events_that_have_come_before(tail: Tail) -> None:
+    """Events that come twice, as from this process and from the table, are handed out once."""
+    tail.feed(events(11, 13), 13)
+    tail.feed(events(11, 15), 15)
+    tail.feed(events(12, 14), 15)
+    await until_handed_out(tail, 15)
+    assert numbers_after(tail, 10) == [11, 12, 13, 14, 15]
+
+
+async def test_events_that_leave_a_gap(tail: Tail) -> None:
+    """Events behind a gap are not handed out; the tail knows that it is behind until the gap is filled."""
+    tail.feed(events(14, 15), 15)
+    assert tail.reached < tail.head
+    assert (tail.head, numbers_after(tail, 10)) == (15, [])
+    tail.feed(events(11, 15), 15)
+    await until_handed_out(tail, 15)
+    assert not tail.is_behind
+    assert numbers_after(tail, 10) == [11, 12, 13, 14, 15]
+
+
+async def test_an_event_before_the_head_was_found() -> None:
+    """An event that is committed while a follower looks up the head is in the tail."""
+    tail = Tail(1, 1024 * 1024)
+    tail.followers = 1
+    tail.feed(events(11, 11), 11)
+    tail.learn(10)
+    await until_handed_out(tail, 11)
+    assert numbers_after(tail, 10) == [11]
+
+
+async def test_memory_is_bounded() -> None:
+    """The oldest is let go first, and the newest kept whatever its size."""
+    tail = Tail(1, 100_000)
+    tail.followers = 1
+    tail.learn(0)
+    for n in range(1, 31):
+        tail.feed(events(n, n, "x" * 10_000), n)
+        await until_handed_out(tail, n)
+    assert numbers_after(tail, 0) is None
+    kept = [n for n in range(30) if numbers_after(tail, n) is not None]
+    assert kept == list(range(kept[0], 30))
+    assert 3 <= len(kept) <= 5
+    tail.feed(events(31, 31, "x" * 200_000), 31)
+    await until_handed_out(tail, 31)
+    assert numbers_after(tail, 30) == [31]
+    assert numbers_after(tail, 29) is None
+    tail.forget(asyncio.get_running_loop().time() + 1, 100_000)
+    assert numbers_after(tail, 30) is None
+    assert numbers_after(tail, 31) == []
+
+
+async def test_messages_are_bounded(tail: Tail) -> None:
+    """What is handed out at once fits into a message: 500 events and 1 MiB, but for a single larger event."""
+    tail.max_bytes = 100 * 1024 * 1024
+    tail.feed([*events(11, 1_500), *events(1_501, 1_510, "x" * 300_000), *events(1_511, 1_511, "x" * 2_000_000)], 1_511)
+    await until_handed_out(tail, 1_511)
+    position, counts = 10, []
+    while found := tail.after(position):
+        parts = [event for chunk in found for event in chunk.events]
+        assert [event.server_seq for event in parts] == list(range(position + 1, position + 1 + len(parts)))
+        assert len(parts) <= 500
+        assert sum(len(event.content.payload) for event in parts) <= 1_048_576 or len(parts) == 1
+        position += len(parts)
+        counts.append(len(parts))
+    assert position == 1_511
+    assert len(counts) < 10
+
+
+async def test_messages_are_bounded_in_bytes(tail: Tail) -> None:
+    """What counts are the bytes of UTF-8, of every field."""
+    content = NewEvent("é" * 120, None, "t" * 255, "😀" * 3_000, "h" * 255, b"s" * 1_024, "k" * 255)
+    tail.max_bytes = 100 * 1024 * 1024
+    tail.feed([Event(n, 1, n, n, b"", content) for n in range(11, 211)], 210)
+    await until_handed_out(tail, 210)
+    found = tail.after(10)
+    assert found is not None
+    assert sum(len(chunk.events) for chunk in found) == 1_048_576 // (240 + 255 + 12_000 + 255 + 1_024 + 255)
+
+
+async def test_readers_with_many_different_filters(tail: Tail) -> None:
+    """What filters leave is kept for the first few of them only, so that many take no memory."""
+    tail.feed(events(11, 13), 13)
+    await until_handed_out(tail, 13)
+    (chunk,) = tail.after(10) or []
+    parts = [chunk.of_types(frozenset({str(n)})) for n in range(100)]
+    kept = [part is chunk.of_types(frozenset({str(n)})) for n, part in enumerate(parts)]
+    assert 0 < sum(kept) < 20
+
+
+async def test_shared(tail: Tail) -> None:
+    """Everybody at the same place gets the same chunk, also those who ask for the same types."""
+    tail.feed(events(11, 13), 13)
+    await until_handed_out(tail, 13)
+    one, other = tail.after(10), tail.after(10)
+    assert one is not None
+    assert other is not None
+    assert one[0] is other[0]
+    assert one[0].of_types(frozenset("ab")) is other[0].of_types(frozenset("ba"))
+
+
+async def test_waiting(tail: Tail) -> None:
+    """Whoever waits is woken by an event, by the end, or after a while; nobody is left in memory."""
+    waiting = asyncio.create_task(tail.wait(10, 60))
+    await asyncio.sleep(0)
+    tail.feed(events(11, 11), 11)
+    await waiting
+    await tail.wait(11, 0.01)
+    left = asyncio.create_task(tail.wait(11, 60))
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    assert not tail._waiting
+    await tail.wait(10, 60)
+    waiting = asyncio.create_task(tail.wait(11, 60))
+    await asyncio.sleep(0)
+    tail.end(ShuttingDown())
+    await waiting
+    with pytest.raises(ShuttingDown):
+        tail.check()
+    await tail.wait(11, 60)
+
+
+async def test_rounds() -> None:
+    """With many followers, what comes within a moment is handed out together."""
+    tail = Tail(1, 1024 * 1024)
+    tail.followers = 1_000
+    tail.learn(0)
+    for n in range(1, 11):
+        tail.feed(events(n, n), n)
+    assert numbers_after(tail, 0) == [1]
+    await until_handed_out(tail, 10)
+    found = tail.after(1)
+    assert found is not None
+    assert [len(chunk.events) for chunk in found] == [9]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    start=st.integers(0, 20),
+    steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 10), st.integers(0, 1_000)), max_size=30),
+)
+async def test_never_a_gap(start: int, steps: list[tuple[int, int, int]]) -> None:
+    """Whatever is fed in whatever order: what is handed out continues the position, and reaches as far as it can."""
+    tail = Tail(1, 20_000)
+    tail.followers = 1
+    tail.learn(start)
+    reached = start
+    for first, more, size in steps:
+        last = first + more
+        tail.feed(events(first, last, "x" * size), last)
+        if first <= reached + 1:
+            reached = max(reached, last)
+        assert tail.reached == reached
+        assert tail.head >= reached
+        await until_handed_out(tail, reached)
+        for position in range(reached + 1):
+            found = numbers_after(tail, position)
+            if found is not None:
+                assert found == list(range(position + 1, position + 1 + len(found)))
+                assert found or position == reached
+
+
+async def until_handed_out(tail: Tail, number: int) -> None:
+    """Wait for the round that hands out an event."""
+
+    async def handed_out() -> bool:
+        found = numbers_after(tail, number - 1)
+        return number == tail.reached and (found != [] or number == 0)
+
+    await until(handed_out, f"event {number}")
