@@ -13,19 +13,18 @@ from typing import Annotated, Any
 import structlog
 import typer
 
-if sys.platform != "win32":
-    import uvloop
-
-from collab_service import __version__
 from collab_service.cli.failure import CommandError
 from collab_service.cli.migrate import check_database_url
+from collab_service.cli.process import log_serving, new_event_loop, run_server, stop_event
 from collab_service.cli.settings import DatabaseUrl, default_data_dir
+from collab_service.cli.workers import Workers
 from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.logs import LogFormat, configure_logs
 from collab_service.model import Limits, QueueLimits
 from collab_service.model.errors import StorageUnavailable
-from collab_service.rpc.server import Server, is_loopback, split_address
+from collab_service.model.limits import DEFAULT_MAX_FOLLOWERS
+from collab_service.rpc.server import is_loopback, split_address
 from collab_service.storage import schema
 from collab_service.storage.driver_errors import cause_of
 from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
@@ -38,6 +37,12 @@ _DATABASE_LOOK = 1.0
 """Seconds between looks for a database that is not there when the server starts."""
 _POSTGRES_LOOK = 1.0
 """Seconds between looks for the PostgreSQL of our own, which is started again when it has died."""
+
+_OTHER_CONNECTIONS = 11
+"""Of a process besides its pool: six to append, two for tails, two for notifications, one for its health."""
+_SPARE_CONNECTIONS = 20
+"""For people who look into the database."""
+_MAX_WORKERS = 256
 
 _LIMITS, _QUEUE = Limits(), QueueLimits()
 _MAX_INDEXED = 2_000
@@ -72,6 +77,14 @@ def serve(
             help="Where the JSON gateway will listen; checked now, used by a later version.",
         ),
     ] = "127.0.0.1:8080",
+    workers: Annotated[
+        str,
+        typer.Option(
+            envvar="COLLAB_WORKERS",
+            metavar="N|auto",
+            help="Processes that serve on the one port; auto: one for each core.",
+        ),
+    ] = "1",
     allow_unauthenticated: Annotated[
         bool,
         typer.Option(
@@ -98,9 +111,27 @@ def serve(
         typer.Option(
             envvar="COLLAB_DATABASE_POOL_SIZE",
             min=2,
-            help="Connections for all but appending, which has six.",
+            help="Connections for all but appending, live follows and health, which have eleven.",
         ),
     ] = 10,
+    notify: Annotated[
+        bool,
+        typer.Option(
+            envvar="COLLAB_NOTIFY",
+            help="Tell other servers of appends with PostgreSQL's NOTIFY. Without it, behind a pooler that has no "
+            "LISTEN, what others write reaches followers up to two seconds later.",
+        ),
+    ] = True,
+    keepalive: Annotated[
+        float,
+        typer.Option(
+            envvar="COLLAB_KEEPALIVE",
+            metavar="SECONDS",
+            min=1,
+            max=7200,
+            help="Silence after which a client is asked for a sign of life; it has a third of that to give one.",
+        ),
+    ] = 30.0,
     max_event_bytes: Annotated[int, _limit("max-event-bytes", "The payload of an event.")] = _LIMITS.event_bytes,
     max_batch_events: Annotated[int, _limit("max-batch-events", "Events in a batch.")] = _LIMITS.batch_events,
     max_batch_bytes: Annotated[
@@ -113,6 +144,9 @@ def serve(
         int, _limit("max-signature-bytes", "The signature of an event.")
     ] = _LIMITS.signature_bytes,
     max_message_bytes: Annotated[int, _limit("max-message-bytes", "A received gRPC message.")] = _LIMITS.message_bytes,
+    max_followers: Annotated[
+        int, _limit("max-followers", "Follows at once in a process; further ones are answered TOO_MANY_FOLLOWERS.")
+    ] = DEFAULT_MAX_FOLLOWERS,
     max_waiting_appends: Annotated[
         int, _limit("max-waiting-appends", "Appends that wait to be written; one session gets half.")
     ] = _QUEUE.requests,
@@ -149,7 +183,11 @@ def serve(
         database_pool_size=database_pool_size,
         grpc_address=grpc_address,
         http_address=http_address,
+        workers=_workers(workers),
         shutdown_grace=shutdown_grace,
+        keepalive=keepalive,
+        max_followers=max_followers,
+        notify=notify,
         limits=Limits(
             event_bytes=max_event_bytes,
             batch_events=max_batch_events,
@@ -169,29 +207,40 @@ def serve(
     if config.database_url is not None:
         check_database_url(config.database_url)
     configure_logs(log_format)
-    sys.exit(_run(config))
+    sys.exit(_run(config, log_format))
+
+
+def _workers(text: str) -> int:
+    if text == "auto":
+        return min(_cores(), _MAX_WORKERS)
+    if text.isascii() and text.isdigit() and len(text) < 5 and 1 <= int(text) <= _MAX_WORKERS:
+        return int(text)
+    raise CommandError(f"--workers {text} is not possible; it is a number from 1 to {_MAX_WORKERS}, or auto")
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Stopped(BaseException):
     """SIGTERM came while nothing was running yet."""
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, log_format: LogFormat) -> int:
     def stop_starting(*_: object) -> None:
         raise _Stopped
 
     signal.signal(signal.SIGTERM, stop_starting)
     try:
-        with _database(config) as (url, cluster), asyncio.Runner(loop_factory=_new_event_loop) as runner:
-            return runner.run(_serve(config, url, cluster))
+        # A parent of workers has little to do but to watch processes, at which asyncio's own loop is the more robust.
+        loop_factory = new_event_loop if config.workers == 1 else None
+        with _database(config) as (url, cluster), asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(_serve(config, url, cluster, log_format))
     except (_Stopped, KeyboardInterrupt):
         return 0
-
-
-def _new_event_loop() -> asyncio.AbstractEventLoop:
-    if sys.platform == "win32":
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 @contextmanager
@@ -210,7 +259,7 @@ def _database(config: Config) -> Iterator[tuple[str, Cluster | None]]:
     try:
         cluster = Cluster(data)
         try:
-            cluster.start()
+            _start(cluster, config)
             _log.info("postgres started", data_dir=str(data.path), user=account.name)
             schema.migrate(cluster.url)
             yield cluster.url, cluster
@@ -223,44 +272,25 @@ def _database(config: Config) -> Iterator[tuple[str, Cluster | None]]:
         data.release()
 
 
-async def _serve(config: Config, url: str, cluster: Cluster | None) -> int:
-    """Serve until told to stop; return the exit status."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    status = 0
+def _start(cluster: Cluster, config: Config) -> None:
+    needed = config.workers * (config.database_pool_size + _OTHER_CONNECTIONS) + _SPARE_CONNECTIONS
+    cluster.start(f"max_connections={max(needed, 100)}")
 
-    def died() -> None:
-        nonlocal status
-        status = 1
-        stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+async def _serve(config: Config, url: str, cluster: Cluster | None, log_format: LogFormat) -> int:
+    """Serve, in this process or in several, until told to stop; return the exit status."""
+    stop = stop_event()
     if not await _schema_is_there(url, stop):
         return 0
-    server = Server(config, url, on_death=died)
-    tasks = BackgroundTasks(died)
+    tasks = BackgroundTasks(stop.set)
+    if cluster is not None:
+        tasks.spawn(_keep_running(cluster, config), "postgres")
     try:
-        address = await server.start()
-        if cluster is not None:
-            tasks.spawn(_keep_running(cluster), "postgres")
-        _log.info("serving", grpc_address=address, version=__version__, pid=os.getpid())
-        await stop.wait()
-        stop.clear()
-        _log.info("stopping", grace_seconds=config.shutdown_grace)
+        if config.workers == 1:
+            return await run_server(config, url, stop, on_serving=log_serving)
+        return await Workers(config, url, log_format).run(stop)
     finally:
         await tasks.cancel()
-        stopping = asyncio.create_task(server.stop(config.shutdown_grace), name="stop")
-        again = asyncio.create_task(stop.wait(), name="second-signal")
-        await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
-        if not stopping.done():
-            _log.warning("stopping at once, as the second signal says")
-            stopping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await stopping
-    _log.info("stopped")
-    return status
 
 
 async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
@@ -287,7 +317,7 @@ async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
     return False
 
 
-async def _keep_running(cluster: Cluster) -> None:
+async def _keep_running(cluster: Cluster, config: Config) -> None:
     """Start PostgreSQL again when it has died, for ever."""
     while True:
         await asyncio.sleep(_POSTGRES_LOOK)
@@ -295,7 +325,7 @@ async def _keep_running(cluster: Cluster) -> None:
             continue
         _log.error("postgres has died, starting it again")
         try:
-            await asyncio.to_thread(cluster.start)
+            await asyncio.to_thread(_start, cluster, config)
             _log.info("postgres started")
         except EmbeddedError as error:
             _log.error("postgres does not start", cause=str(error))

@@ -1,0 +1,50 @@
+"""One of several processes that serve on one port, started by `workers`.
+
+It gets its order through standard input, says through standard output when it serves, and stops when standard input
+ends, which it does when the parent dies.
+"""
+
+import asyncio
+import pickle
+import sys
+from contextlib import suppress
+
+import structlog
+
+from collab_service.cli.failure import told_in_a_sentence
+from collab_service.cli.process import new_event_loop, run_server, stop_event
+from collab_service.cli.workers import READY, Order
+from collab_service.logs import configure_logs
+
+_log = structlog.get_logger(__name__)
+
+
+async def _work(order: Order) -> int:
+    stop = stop_event()
+    loop = asyncio.get_running_loop()
+
+    def parent_has_died() -> None:
+        loop.remove_reader(sys.stdin.fileno())
+        _log.warning("the parent process is gone")
+        stop.set()
+
+    def ready(address: str) -> None:
+        _log.info("worker serving", grpc_address=address)
+        with suppress(BrokenPipeError):  # the parent has died, which it hears in a moment
+            sys.stdout.buffer.write(READY)
+            sys.stdout.buffer.flush()
+
+    loop.add_reader(sys.stdin.fileno(), parent_has_died)
+    return await run_server(order.config, order.url, stop, on_serving=ready)
+
+
+def main() -> None:
+    """Carry out the order."""
+    try:
+        order: Order = pickle.load(sys.stdin.buffer)
+    except EOFError:  # the parent has died before it gave one
+        sys.exit(1)
+    configure_logs(order.log_format)
+    structlog.contextvars.bind_contextvars(worker=order.number)
+    with told_in_a_sentence(), asyncio.Runner(loop_factory=new_event_loop) as runner:
+        sys.exit(runner.run(_work(order)))
