@@ -1,9 +1,12 @@
 """The command `collab`."""
 
+import io
+import sys
+
 import typer
 
 from collab_service import __version__
-from collab_service.cli import migrate, replay, serve
+from collab_service.cli import migrate, replay, serve, tail
 from collab_service.cli.failure import told_in_a_sentence
 
 app = typer.Typer(
@@ -16,6 +19,7 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(migrate.migrate)
 app.command()(replay.replay)
+app.command()(tail.tail)
 
 
 def _version(wanted: bool) -> None:
@@ -30,11 +34,14 @@ def _options(
 ) -> None:
     """Collaboration sessions as durable, ordered, append-only event logs.
 
-    Start a service with `collab serve`, then write a recorded session into it with `collab replay`.
+    Start a service with `collab serve`, then write a recorded session into it with `collab replay`
+    and watch one with `collab tail`.
     """
 
 
 def main() -> None:
     """Run the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is escaped
     with told_in_a_sentence():
         app()
