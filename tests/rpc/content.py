@@ -1,6 +1,6 @@
 """From messages back to the model."""
 
-from collab_service.model import NewEvent
+from collab_service.model import Event, NewEvent
 from collab_service.v1 import collab_service_pb2 as pb
 
 
@@ -16,3 +16,9 @@ def content_of(event: pb.Event | pb.NewEvent) -> NewEvent:
         event.signature,
         event.idempotency_key if event.HasField("idempotency_key") else None,
     )
+
+
+def stored_event(event: pb.Event) -> Event:
+    """Return an event as it is stored."""
+    created_at = event.create_time.seconds * 1_000_000 + event.create_time.nanos // 1_000
+    return Event(event.id, event.session_id, event.server_seq, created_at, event.chain_hash, content_of(event))
