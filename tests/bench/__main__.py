@@ -19,7 +19,7 @@ from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
-from tests.bench import load
+from tests.bench import live, load
 from tests.processes import ServeProcess
 
 REPEATS = 3
@@ -27,6 +27,15 @@ UNARY_FLOOR = 5.0
 MEMORY_FLOOR_MB = 50
 OLD_SNAPSHOT_FLOOR = 0.8
 EVENTS = 1_000_000
+RATE = 200
+"""Events a second of a session that people write together, in the figures of live follows."""
+DELIVERY_FLOORS = {"same server": (3.0, 10.0), "another server": (6.0, 20.0)}
+"""p50 and p99 in milliseconds."""
+MANY = 100
+MANY_P99_FLOOR = 20.0
+IDLE, IDLE_CONNECTIONS = 2_000, 20
+IDLE_KB_FLOOR = 35.0
+PAUSED_MB_FLOOR = 20
 
 
 class Bench:
@@ -102,6 +111,53 @@ class Bench:
         ratio = last / first
         self.tell("last / first", f"{ratio:.2f}", f">= {OLD_SNAPSHOT_FLOOR}", ratio >= OLD_SNAPSHOT_FLOOR)
 
+    def live(self) -> None:
+        """How soon events arrive at followers, and what followers cost."""
+        print(f"\nFollowing a session at {RATE} events/s, from the call of AppendEvent to delivery, p50 / p99,")
+        print(f"medians of {REPEATS} runs in turn:")
+        first, last = self.all_addresses[0], self.all_addresses[-1]
+        follows = {"same server": first, "another server": last}
+        found: dict[str, list[live.Delays]] = {"echo": [], **{where: [] for where in follows}, "many": []}
+        for _ in range(REPEATS):
+            found["echo"].append(live.echo(RATE, 5))
+            for where, address in follows.items():
+                session = self.new_session()
+                found[where].append(live.delivery(first, address, session, followers=1, rate=RATE, seconds=5))
+            session = self.new_session()
+            found["many"].append(live.delivery(first, first, session, followers=MANY, rate=RATE, seconds=5))
+        medians = {
+            what: (statistics.median(delays.p50 for delays in runs), statistics.median(delays.p99 for delays in runs))
+            for what, runs in found.items()
+        }
+        print(f"  {'a grpc.aio echo that stores nothing':<58} {in_ms(*medians['echo']):>16}")
+        for where, (p50, p99) in DELIVERY_FLOORS.items():
+            if where == "another server" and first == last:
+                continue
+            holds = medians[where][0] <= p50 and medians[where][1] <= p99
+            self.tell(f"1 follower, {where}", in_ms(*medians[where]), f"<= {p50:g} / {p99:g}", holds)
+        many = medians["many"]
+        self.tell(
+            f"{MANY} followers, {MANY * RATE:,} deliveries/s", in_ms(*many), f"<= - / {MANY_P99_FLOOR:g}",
+            many[1] <= MANY_P99_FLOOR,
+        )  # fmt: skip
+        pid = self.server.process.pid
+        each = live.idle_followers(first, self.new_session(), pid, followers=IDLE, connections=IDLE_CONNECTIONS)
+        self.tell(
+            f"{IDLE:,} idle followers on {IDLE_CONNECTIONS} connections, memory of each", f"{each:.1f} kB",
+            f"<= {IDLE_KB_FLOOR:g} kB", each <= IDLE_KB_FLOOR,
+        )  # fmt: skip
+        rate, grown = live.paused_follower(first, self.new_session(), pid, seconds=60)
+        print(f"  {'64 writers for a minute with a paused follower':<58} {rate:>14,.0f}/s")
+        self.tell(
+            "the server's resident memory grew by", f"{grown / 1024:.1f} MB", f"<= {PAUSED_MB_FLOOR} MB",
+            grown <= PAUSED_MB_FLOOR * 1024,
+        )  # fmt: skip
+
+
+def in_ms(p50: float, p99: float) -> str:
+    """Return two delays as text."""
+    return f"{p50:.2f} / {p99:.2f} ms"
+
 
 def spread(values: list[float]) -> str:
     """Return the lowest and the highest of some rates."""
@@ -133,7 +189,7 @@ def running() -> Iterator[Bench]:
 def main() -> int:
     """Run the benchmarks; return 1 when one is below its floor."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("only", nargs="*", choices=["unary", "reading", "old_snapshot", []], help="which ones")
+    parser.add_argument("only", nargs="*", choices=["unary", "reading", "old_snapshot", "live", []], help="which ones")
     chosen = parser.parse_args().only
     version = subprocess.run(["uname", "-sm"], capture_output=True, text=True, check=False).stdout.strip()
     print(f"{os.cpu_count()} cores, {version}, Python {sys.version.split()[0]}; load by {load.load_generator()}\n")
@@ -142,6 +198,7 @@ def main() -> int:
             "unary": bench.unary,
             "reading": bench.reading,
             "old_snapshot": bench.old_snapshot,
+            "live": bench.live,
         }
         for name, run in every.items():
             if not chosen or name in chosen:

@@ -11,13 +11,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import grpc
 
 from collab_service.storage.embedded import Cluster
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
+from tests.memory import resident_kilobytes
 
 WRITERS = 64
 PAYLOAD = '{"text":"' + "x" * 189 + '"}'
@@ -112,12 +112,6 @@ def read_all(address: str, session_id: int, pid: int) -> tuple[int, float, int]:
             count += len(message.events)
             most = max(most, resident_kilobytes(pid))
         return count, time.perf_counter() - started, most - before
-
-
-def resident_kilobytes(pid: int) -> int:
-    """Return a process's resident memory, from /proc."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 async def _aio_load(address: str, request: bytes, seconds: float, writers: int) -> float:
