@@ -208,10 +208,11 @@ def _chunks_of(events: Sequence[Event]) -> list[Chunk]:
     part: list[Event] = []
     size = 0
     for event in events:
-        size += event_size(event)
-        if part and (len(part) == PAGE_EVENTS or size > PAGE_BYTES):
-            chunks.append(Chunk(part))
-            part, size = [], event_size(event)
+        more = event_size(event)
+        if part and (len(part) == PAGE_EVENTS or size + more > PAGE_BYTES):
+            chunks.append(Chunk(part, size))
+            part, size = [], 0
         part.append(event)
-    chunks.append(Chunk(part))
+        size += more
+    chunks.append(Chunk(part, size))
     return chunks
