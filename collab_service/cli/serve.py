@@ -282,13 +282,21 @@ async def _serve(config: Config, url: str, cluster: Cluster | None, log_format: 
     stop = stop_event()
     if not await _schema_is_there(url, stop):
         return 0
-    tasks = BackgroundTasks(stop.set)
+    keeper_died = asyncio.Event()
+
+    def died() -> None:
+        keeper_died.set()
+        stop.set()
+
+    tasks = BackgroundTasks(died)
     if cluster is not None:
         tasks.spawn(_keep_running(cluster, config), "postgres")
     try:
         if config.workers == 1:
-            return await run_server(config, url, stop, on_serving=log_serving)
-        return await Workers(config, url, log_format).run(stop)
+            status = await run_server(config, url, stop, on_serving=log_serving)
+        else:
+            status = await Workers(config, url, log_format).run(stop)
+        return status or int(keeper_died.is_set())
     finally:
         await tasks.cancel()
 

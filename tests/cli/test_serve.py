@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from collab_service.storage.embedded import Cluster
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.conftest import database_url_of
-from tests.processes import ServeProcess, collab
+from tests.processes import ServeProcess, clean_environment, collab
 from tests.waiting import until
 
 _CALL_SECONDS = 20
@@ -403,3 +404,23 @@ def test_no_command_is_help() -> None:
     wrong = collab("serve", "--no-such-option")
     assert wrong.returncode == 2
     assert_discreet(wrong.stderr)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_keeper_of_postgres_that_dies_takes_the_service_down(directory: Path, workers: str) -> None:
+    """What nobody does any more must not go unseen: the service stops in order, and says so with its exit status."""
+    program = (
+        "import collab_service.cli.serve as serve\n"
+        "async def die(*_): raise RuntimeError('a fault')\n"
+        "serve._keep_running = die\n"
+        "from collab_service.cli.main import main\n"
+        "main()\n"
+    )
+    arguments = ("--data-dir", str(directory / "data"), "--grpc-address", "127.0.0.1:0", "--workers", workers)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program, "serve", *arguments],
+        capture_output=True, text=True, timeout=60, env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "a background task died" in result.stderr
+    assert "postgres stopped" in result.stderr.splitlines()[-1]
