@@ -35,13 +35,22 @@ SMALL = NewEvent(payload='{"a":1}')
 
 
 class Follower:
-    """Somebody who follows, and stops reading when told to."""
+    """Somebody who follows: as fast as it can, or only the first page until `reading` is set."""
 
-    def __init__(self, service: LogService, session_id: int, since: int = 0, types: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        service: LogService,
+        session_id: int,
+        since: int = 0,
+        types: tuple[str, ...] = (),
+        *,
+        first_page_only: bool = False,
+    ) -> None:
         self.pages: list[Page] = []
         self.error: BaseException | None = None
         self.reading = asyncio.Event()
-        self.reading.set()
+        if not first_page_only:
+            self.reading.set()
         self._pages = service.follow(session_id, since=since, limit=0, types=types)
         self._task = asyncio.create_task(self._run())
 
@@ -79,10 +88,15 @@ class Follower:
 
 @asynccontextmanager
 async def following(
-    service: LogService, session_id: int, since: int = 0, types: tuple[str, ...] = ()
+    service: LogService,
+    session_id: int,
+    since: int = 0,
+    types: tuple[str, ...] = (),
+    *,
+    first_page_only: bool = False,
 ) -> AsyncIterator[Follower]:
     """Follow a session for the length of the block."""
-    follower = Follower(service, session_id, since, types)
+    follower = Follower(service, session_id, since, types, first_page_only=first_page_only)
     try:
         yield follower
     finally:
@@ -276,9 +290,8 @@ async def test_a_table_that_cannot_be_read_for_a_while(
     service = start_service()
     session = await new_session(service)
     await append(service, session, *[SMALL] * 1_200)
-    async with following(service, session) as catching_up:
+    async with following(service, session, first_page_only=True) as catching_up:
         await catching_up.until(lambda follower: bool(follower.pages))
-        catching_up.reading.clear()
         async with await psycopg.AsyncConnection.connect(database_url) as holder:
             await holder.execute("LOCK TABLE collab_events IN ACCESS EXCLUSIVE MODE")
             catching_up.reading.set()
@@ -454,10 +467,12 @@ async def test_the_database_restarts(own_cluster: Cluster, start_service: StartS
     service = start_service(own_cluster.url)
     session = await new_session(service)
     await append(service, session, *[SMALL] * 1_000)
-    async with following(service, session) as follower, following(service, session) as catching_up:
+    async with (
+        following(service, session) as follower,
+        following(service, session, first_page_only=True) as catching_up,
+    ):
         await follower.until_through(1_000)
         await catching_up.until(lambda follower: bool(follower.pages))
-        catching_up.reading.clear()
         own_cluster.stop()
         catching_up.reading.set()
         own_cluster.start()
