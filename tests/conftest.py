@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ def cluster(run_directory: Path) -> Iterator[Cluster]:
     cluster = Cluster(data)
     cluster.start("max_connections=200")
     yield cluster
+    # At once: a clean stop writes hundreds of databases to the disk for a minute, and nobody needs them any more.
+    os.kill(int((data.cluster / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
     cluster.stop()
     data.release()
 
