@@ -8,8 +8,9 @@ breaking the chain.
 from collections.abc import Iterable
 from hashlib import sha256
 from struct import Struct
+from typing import Protocol
 
-from collab_service.model.event import Event, NewEvent
+from collab_service.model.event import Event
 
 _u32 = Struct(">I").pack
 _leaf_numbers = Struct(">QQQ").pack
@@ -17,11 +18,30 @@ _u64 = Struct(">Q").pack
 _ABSENT = b"\0"
 
 
+class Content(Protocol):
+    """What an author gave, in whatever form it is held."""
+
+    @property
+    def actor_id(self) -> str | None: ...
+    @property
+    def client_seq(self) -> int | None: ...
+    @property
+    def type(self) -> str | None: ...
+    @property
+    def payload(self) -> str | bytes: ...
+    @property
+    def hash(self) -> str | None: ...
+    @property
+    def signature(self) -> bytes: ...
+    @property
+    def idempotency_key(self) -> str | None: ...
+
+
 def _opt(value: bytes) -> bytes:
     return b"\1" + _u32(len(value)) + value
 
 
-def content_digest(event: NewEvent) -> bytes:
+def content_digest(event: Content) -> bytes:
     """Return the 32-byte digest of everything that the author gave."""
     payload = event.payload
     kind, data = (b"\1", payload.encode()) if isinstance(payload, str) else (b"\2", payload)
