@@ -6,8 +6,8 @@ import sys
 import typer
 
 from collab_service import __version__
-from collab_service.cli import migrate, replay, serve, tail
-from collab_service.cli.failure import told_in_a_sentence
+from collab_service.cli import append, doctor, export, import_, migrate, replay, serve, session, tail, verify
+from collab_service.cli.failure import CommandError, told_in_a_sentence
 
 app = typer.Typer(
     name="collab",
@@ -16,10 +16,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve.serve)
-app.command()(migrate.migrate)
-app.command()(replay.replay)
-app.command()(tail.tail)
+_SERVICE, _EVENTS, _FILES = "The service", "Sessions and events", "Files"
+app.command(rich_help_panel=_SERVICE)(serve.serve)
+app.command(rich_help_panel=_SERVICE)(migrate.migrate)
+app.command(rich_help_panel=_SERVICE)(doctor.doctor)
+app.add_typer(session.app, name="session", rich_help_panel=_EVENTS)
+app.command(rich_help_panel=_EVENTS)(append.append)
+app.command("list", rich_help_panel=_EVENTS)(tail.list_events)
+app.command(rich_help_panel=_EVENTS)(tail.tail)
+app.command(rich_help_panel=_EVENTS)(verify.verify)
+app.command(rich_help_panel=_FILES)(export.export)
+app.command("import", rich_help_panel=_FILES)(import_.import_session)
+app.command(rich_help_panel=_FILES)(replay.replay)
 
 
 def _version(wanted: bool) -> None:
@@ -34,14 +42,28 @@ def _options(
 ) -> None:
     """Collaboration sessions as durable, ordered, append-only event logs.
 
-    Start a service with `collab serve`, then write a recorded session into it with `collab replay`
-    and watch one with `collab tail`.
+    Start a service with `collab serve`, then:
+
+    * `collab session create --room minutes`
+
+    * `collab append minutes --json '{"text": "hello"}' --actor ada`
+
+    * `collab tail minutes`
+
+    A session is named by its number or its room. Exit status: 0 done, 1 it cannot be done, 2 wrong command line,
+    3 the service cannot be used just now, 4 no such session, 5 the session is not as expected, 6 a check has failed,
+    130 interrupted.
     """
 
 
 def main() -> None:
     """Run the command."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is escaped
     with told_in_a_sentence():
-        app()
+        if sys.stdout is None:
+            raise CommandError("standard output is closed, and there is nowhere to write to")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is escaped
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a disk that is full is told here, and not by Python at its end

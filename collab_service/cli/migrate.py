@@ -4,10 +4,6 @@ import typer
 
 from collab_service.cli.failure import CommandError
 from collab_service.cli.settings import DatabaseUrl
-from collab_service.model.errors import StorageUnavailable
-from collab_service.storage import schema
-from collab_service.storage.database import url_problem
-from collab_service.storage.driver_errors import cause_of
 
 
 def migrate(database_url: DatabaseUrl = None) -> None:
@@ -19,6 +15,11 @@ def migrate(database_url: DatabaseUrl = None) -> None:
 
     Example: `collab migrate --database-url postgresql://collab@localhost/collab`
     """
+    # Imported only here, since it takes half a second that no other command should wait for.
+    from collab_service.model.errors import StorageUnavailable
+    from collab_service.storage import schema
+    from collab_service.storage.driver_errors import cause_of
+
     if not database_url:
         raise CommandError("which database? Give --database-url or set COLLAB_DATABASE_URL")
     check_database_url(database_url)
@@ -26,6 +27,8 @@ def migrate(database_url: DatabaseUrl = None) -> None:
         before, after = schema.migrate(database_url)
     except StorageUnavailable as error:
         raise CommandError(f"the database could not be migrated: {cause_of(error)}") from error
+    except schema.UnsuitableDatabase as error:
+        raise CommandError(str(error)) from error
     if before == after:
         typer.echo(f"The schema is up to date (revision {after}).")
     else:
@@ -34,5 +37,7 @@ def migrate(database_url: DatabaseUrl = None) -> None:
 
 def check_database_url(url: str) -> None:
     """Raise `CommandError` when `url` is no PostgreSQL URL."""
+    from collab_service.storage.database import url_problem
+
     if (problem := url_problem(url)) is not None:
         raise CommandError(f"the database URL {problem}")

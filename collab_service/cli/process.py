@@ -5,26 +5,15 @@ import contextlib
 import gc
 import os
 import signal
-import sys
 from collections.abc import Callable
 
 import structlog
-
-if sys.platform != "win32":
-    import uvloop
 
 from collab_service import __version__
 from collab_service.config import Config
 from collab_service.rpc.server import Server
 
 _log = structlog.get_logger(__name__)
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return the fastest event loop there is here."""
-    if sys.platform == "win32":
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 def stop_event() -> asyncio.Event:

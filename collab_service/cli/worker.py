@@ -12,7 +12,9 @@ from contextlib import suppress
 import structlog
 
 from collab_service.cli.failure import told_in_a_sentence
-from collab_service.cli.process import new_event_loop, run_server, stop_event
+from collab_service.cli.loop import new_event_loop
+from collab_service.cli.process import run_server, stop_event
+from collab_service.cli.serving import server_errors
 from collab_service.cli.workers import READY, Order
 from collab_service.logs import configure_logs
 
@@ -46,5 +48,5 @@ def main() -> None:
         sys.exit(1)
     configure_logs(order.log_format)
     structlog.contextvars.bind_contextvars(worker=order.number)
-    with told_in_a_sentence(), asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with told_in_a_sentence(), server_errors(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         sys.exit(runner.run(_work(order)))

@@ -84,7 +84,7 @@ def test_a_recording_that_ends_elsewhere_is_told(tmp_path: Path, server: ServePr
     """When what was read back is not the recorded text, the command fails and says so."""
     trace = write(tmp_path / "wrong.json.gz", {**RECORDING, "endContent": "something else"})
     result = collab("replay", str(trace), "--target", server.grpc_address)
-    assert result.returncode == 1
+    assert result.returncode == 6
     assert_one_sentence(result.stderr, "not the recorded one")
 
 
@@ -101,8 +101,8 @@ def test_no_server(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         result = collab("replay", str(write(tmp_path / "small.json.gz", RECORDING)), "--target", address)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert_one_sentence(result.stderr, "does not answer", address, "collab serve")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert_one_sentence(result.stderr, "answers at", address, "collab serve")
 
 
 _TXN = {"time": _TIME, "patches": [[0, 0, "a"]]}

@@ -54,9 +54,9 @@ def assert_discreet(text: str, *secrets: str) -> None:
         assert secret not in text
 
 
-def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Assert that a command has failed with exit status 1, and its last words are one sentence that says why."""
-    assert result.returncode == 1, result.stderr
+def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
+    """Assert that a command has failed, and its last words are one sentence that says why."""
+    assert result.returncode == status, result.stderr
     assert result.stdout == ""
     last = result.stderr.splitlines()[-1]
     assert result.stderr.count("collab: ") == 1
@@ -410,9 +410,9 @@ def test_no_command_is_help() -> None:
 def test_a_keeper_of_postgres_that_dies_takes_the_service_down(directory: Path, workers: str) -> None:
     """What nobody does any more must not go unseen: the service stops in order, and says so with its exit status."""
     program = (
-        "import collab_service.cli.serve as serve\n"
+        "import collab_service.cli.serving as serving\n"
         "async def die(*_): raise RuntimeError('a fault')\n"
-        "serve._keep_running = die\n"
+        "serving._keep_running = die\n"
         "from collab_service.cli.main import main\n"
         "main()\n"
     )

@@ -87,7 +87,7 @@ class TailProcess:
 def test_events_are_shown_as_they_come(server: ServeProcess, stub: CollabServiceStub) -> None:
     """What is there and then what comes, each once and in order, from the number that was asked for.
 
-    Ctrl-C ends it with status 0 and without a word; the end of the session with status 1 and a sentence.
+    Ctrl-C ends it with status 0 and without a word; the end of the session with status 4 and a sentence.
     """
     session_id = new_session(stub)
     first = append(stub, session_id, actor_id="ada", type="edit", json='{"text": "héllo"}').event
@@ -107,7 +107,7 @@ def test_events_are_shown_as_they_come(server: ServeProcess, stub: CollabService
             assert (tail.numbers(1), later.numbers(1)) == ([number], [number])
         tail.interrupt()
         stub.DeleteSession(pb.DeleteSessionRequest(session_id=session_id), timeout=TIMEOUT)
-        assert_one_sentence(later.end(), f"there is no session {session_id}")
+        assert_one_sentence(later.end(), f"there is no session {session_id}", status=4)
 
 
 def test_a_service_that_is_killed_is_followed_on(database_url: str, directory: Path) -> None:
@@ -185,7 +185,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_a_session_that_is_not_there_is_told(refused: Callable[..., tuple[Any, str]], server: ServeProcess) -> None:
     """A sentence says which."""
     status, said = refused("999999999", "--target", server.grpc_address)
-    assert (status, said) == (1, "collab: the service answered NOT_FOUND: there is no session 999999999\n")
+    assert status == 4
+    assert said == "collab: there is no session 999999999; see those there are with: collab session list\n"
 
 
 def test_a_number_beyond_the_head_is_told(
@@ -195,7 +196,7 @@ def test_a_number_beyond_the_head_is_told(
     session_id = append(stub, new_session(stub)).event.session_id
     status, said = refused(session_id, "--since", 2, "--target", server.grpc_address)
     assert status == 1
-    assert re.fullmatch("collab: the service answered .*since_server_seq is 2, .*last number is 1\n", said)
+    assert re.fullmatch("collab: .*since_server_seq is 2, .*last number is 1\n", said)
 
 
 def test_a_service_that_is_not_there_is_told(refused: Callable[..., tuple[Any, str]]) -> None:
@@ -204,8 +205,8 @@ def test_a_service_that_is_not_there_is_told(refused: Callable[..., tuple[Any, s
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         status, said = refused("1", "--target", address)
-    assert status == 1
-    assert re.fullmatch(f"collab: the service does not answer .*{address}.*collab serve\n", said)
+    assert status == 3
+    assert re.fullmatch(f"collab: nothing that speaks gRPC answers at {address} .*collab serve\n", said)
 
 
 @pytest.mark.parametrize("arguments", [(2**63,), (1, "--since", 2**63)])

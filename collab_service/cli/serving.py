@@ -1,0 +1,180 @@
+"""What `collab serve` does: it provides a database, and serves until it is told to stop."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from collab_service.cli.failure import CommandError
+from collab_service.cli.loop import new_event_loop
+from collab_service.cli.migrate import check_database_url
+from collab_service.cli.process import log_serving, run_server, stop_event
+from collab_service.cli.workers import Workers
+from collab_service.config import Config
+from collab_service.log.background import BackgroundTasks
+from collab_service.logs import LogFormat, configure_logs
+from collab_service.model.errors import CollabError, StorageUnavailable
+from collab_service.rpc.server import AddressError, is_loopback, split_address
+from collab_service.storage import schema
+from collab_service.storage.driver_errors import cause_of
+from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
+from collab_service.storage.embedded.accounts import postgres_account
+from collab_service.storage.schema import SchemaState, UnsuitableDatabase
+
+_log = structlog.get_logger(__name__)
+
+_DATABASE_LOOK = 1.0
+"""Seconds between looks for a database that is not there when the server starts."""
+_POSTGRES_LOOK = 1.0
+"""Seconds between looks for the PostgreSQL of our own, which is started again when it has died."""
+
+_OTHER_CONNECTIONS = 11
+"""Of a process besides its pool: six to append, two for tails, two for notifications, one for its health."""
+_SPARE_CONNECTIONS = 20
+"""For people who look into the database."""
+
+
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """Turn the errors that a server ends with into `CommandError`."""
+    try:
+        yield
+    except (EmbeddedError, AddressError, UnsuitableDatabase, CollabError) as error:
+        raise CommandError(str(error)) from error
+
+
+def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool) -> int:
+    """Serve until SIGTERM or Ctrl-C, and return the exit status.
+
+    Raises:
+        CommandError: It is not possible.
+    """
+    with server_errors():
+        for option, address in (("--grpc-address", config.grpc_address), ("--http-address", config.http_address)):
+            host, _ = split_address(address)
+            if not is_loopback(host) and not allow_unauthenticated:
+                raise CommandError(
+                    f"{option} {address} can be reached from other machines, and there is no authentication yet; "
+                    "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
+                )
+        if config.database_url is not None:
+            check_database_url(config.database_url)
+        configure_logs(log_format)
+        return _run(config, log_format)
+
+
+class _Stopped(BaseException):
+    """SIGTERM came while nothing was running yet."""
+
+
+def _run(config: Config, log_format: LogFormat) -> int:
+    def stop_starting(*_: object) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop_starting)
+    try:
+        # A parent of workers has little to do but to watch processes, at which asyncio's own loop is the more robust.
+        loop_factory = new_event_loop if config.workers == 1 else None
+        with _database(config) as (url, cluster), asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(_serve(config, url, cluster, log_format))
+    except (_Stopped, KeyboardInterrupt):
+        return 0
+
+
+@contextmanager
+def _database(config: Config) -> Iterator[tuple[str, Cluster | None]]:
+    """Provide a database: the configured one, or a PostgreSQL of our own that runs and is migrated."""
+    if config.database_url is not None:
+        yield config.database_url, None
+        return
+    account = postgres_account()
+    if account is None:
+        raise CommandError(
+            "PostgreSQL runs as a user that this machine knows by name and that is not root; there is none "
+            "(for root: postgres or nobody). Start collab as another user, or give a database with --database-url"
+        )
+    data = DataDirectory(config.data_dir, account)
+    try:
+        cluster = Cluster(data)
+        try:
+            _start(cluster, config)
+            _log.info("postgres started", data_dir=str(data.path), user=account.name)
+            schema.migrate(cluster.url)
+            yield cluster.url, cluster
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the end is near; it must be a clean one
+            cluster.stop()
+            _log.info("postgres stopped")
+    finally:
+        data.release()
+
+
+def _start(cluster: Cluster, config: Config) -> None:
+    needed = config.workers * (config.database_pool_size + _OTHER_CONNECTIONS) + _SPARE_CONNECTIONS
+    cluster.start(f"max_connections={max(needed, 100)}")
+
+
+async def _serve(config: Config, url: str, cluster: Cluster | None, log_format: LogFormat) -> int:
+    """Serve, in this process or in several, until told to stop; return the exit status."""
+    stop = stop_event()
+    if not await _schema_is_there(url, stop):
+        return 0
+    keeper_died = asyncio.Event()
+
+    def died() -> None:
+        keeper_died.set()
+        stop.set()
+
+    tasks = BackgroundTasks(died)
+    if cluster is not None:
+        tasks.spawn(_keep_running(cluster, config), "postgres")
+    try:
+        if config.workers == 1:
+            status = await run_server(config, url, stop, on_serving=log_serving)
+        else:
+            status = await Workers(config, url, log_format).run(stop)
+        return status or int(keeper_died.is_set())
+    finally:
+        await tasks.cancel()
+
+
+async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
+    """Wait for the database and look at its schema; False when told to stop before it was there."""
+    told = None
+    while not stop.is_set():
+        try:
+            state = await asyncio.to_thread(schema.schema_state, url)
+        except StorageUnavailable as error:
+            cause = cause_of(error)
+            if cause != told:
+                _log.warning("waiting for the database", cause=cause)
+                told = cause
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DATABASE_LOOK):
+                    await stop.wait()
+            continue
+        if state in (SchemaState.MISSING, SchemaState.OLDER):
+            what = (
+                "has no schema yet" if state is SchemaState.MISSING else "has an older schema than this version needs"
+            )
+            raise CommandError(f"the database {what}; run: collab migrate (with the same --database-url)")
+        return True
+    return False
+
+
+async def _keep_running(cluster: Cluster, config: Config) -> None:
+    """Start PostgreSQL again when it has died, for ever."""
+    while True:
+        await asyncio.sleep(_POSTGRES_LOOK)
+        if await asyncio.to_thread(cluster.is_running):
+            continue
+        _log.error("postgres has died, starting it again")
+        try:
+            await asyncio.to_thread(_start, cluster, config)
+            _log.info("postgres started")
+        except EmbeddedError as error:
+            _log.error("postgres does not start", cause=str(error))

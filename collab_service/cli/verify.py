@@ -1,0 +1,93 @@
+"""`collab verify`: the chain of a session, or of a file, computed anew."""
+
+import time
+from contextlib import aclosing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from collab_service.cli.archive import open_archive
+from collab_service.cli.connection import Target, connected, find_session
+from collab_service.cli.loop import run
+from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
+from collab_service.client import DEFAULT_TARGET, BrokenLog, CollabClient, LogCheck, Session
+
+
+def verify(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="SESSION|FILE",
+            help="A session, by its number or room (`room:NAME` where a file has that name), or an exported file.",
+        ),
+    ],
+    target: Target = DEFAULT_TARGET,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Check that a log is what was stored: every number there once, times in order, the chain computed anew.
+
+    A session is read from the service; an exported file is checked without one. The chain's last hash is printed:
+    whoever else holds the log, and computes the same, holds the same events.
+
+    Examples:
+
+    * `collab verify 7`
+
+    * `collab verify minutes.jsonl`
+    """
+    path = Path(what)
+    started = time.perf_counter()
+    if not what.startswith("room:") and not what.isdigit() and (path.is_file() or path.suffix == ".jsonl"):
+        check = _verify_file(path, output)
+        name = str(path)
+    else:
+        check = LogCheck(0)
+
+        async def work() -> None:
+            nonlocal check
+            async with connected(target) as client:
+                check = await verify_session(client, await find_session(client, what), output)
+
+        run(work())
+        name = f"session {check.session_id}"
+    count = check.last_server_seq
+    if output is Output.JSON:
+        print_json({"sessionId": check.session_id, "events": count, "chainHash": check.chain_hash.hex()})
+    else:
+        say(f"{name} is whole: {rate(count, time.perf_counter() - started)}, every number once, times in order")
+        say(f"chain {check.chain_hash.hex()}, computed anew")
+
+
+async def verify_session(client: CollabClient, session: Session, output: Output) -> LogCheck:
+    """Read a session up to its head as it is known, and check it.
+
+    Raises:
+        BrokenLog: It is not right.
+    """
+    check = LogCheck(session.id)
+    head = session.last_server_seq
+    with progress(output) as bar:
+        task = bar.add_task("verify", total=head)
+        if head:  # a limit of 0 would read what comes meanwhile
+            async with aclosing(client.read_pages(session.id, limit=head)) as pages:
+                async for page in pages:
+                    for event in page.events:
+                        check.add(event)
+                    bar.update(task, completed=check.last_server_seq)
+    if (check.last_server_seq, check.chain_hash) != (head, session.chain_hash):
+        raise BrokenLog(
+            f"the log of session {session.id} is not right: the service says that it ends with event {head} and the "
+            f"chain {session.chain_hash.hex()}, but its events end with {check.last_server_seq} and "
+            f"{check.chain_hash.hex()}"
+        )
+    return check
+
+
+def _verify_file(path: Path, output: Output) -> LogCheck:
+    with open_archive(path) as archive, progress(output) as bar:
+        task = bar.add_task("verify", total=archive.session.last_server_seq)
+        for event in archive.whole():
+            if event.server_seq % 500 == 0:
+                bar.update(task, completed=event.server_seq)
+        return archive.check
