@@ -46,7 +46,7 @@ class ServeProcess:
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env=clean_environment(**environment),
+            env=clean_environment(**{"COLLAB_HTTP_ADDRESS": "127.0.0.1:0", **environment}),
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -83,6 +83,12 @@ class ServeProcess:
     def grpc_address(self) -> str:
         """Where it listens."""
         address: str = self.wait_for("serving")["grpc_address"]
+        return address
+
+    @property
+    def http_address(self) -> str:
+        """Where its gateway listens."""
+        address: str = self.wait_for("serving")["http_address"]
         return address
 
     def send(self, number: signal.Signals) -> None:

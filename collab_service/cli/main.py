@@ -6,7 +6,7 @@ import sys
 import typer
 
 from collab_service import __version__
-from collab_service.cli import append, doctor, export, import_, migrate, replay, serve, session, tail, verify
+from collab_service.cli import append, doctor, export, gateway, import_, migrate, replay, serve, session, tail, verify
 from collab_service.cli.failure import CommandError, told_in_a_sentence
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 _SERVICE, _EVENTS, _FILES = "The service", "Sessions and events", "Files"
 app.command(rich_help_panel=_SERVICE)(serve.serve)
+app.command(rich_help_panel=_SERVICE)(gateway.gateway)
 app.command(rich_help_panel=_SERVICE)(migrate.migrate)
 app.command(rich_help_panel=_SERVICE)(doctor.doctor)
 app.add_typer(session.app, name="session", rich_help_panel=_EVENTS)

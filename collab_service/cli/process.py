@@ -5,12 +5,15 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import structlog
 
 from collab_service import __version__
+from collab_service.addresses import join_address, split_address
 from collab_service.config import Config
+from collab_service.gateway.server import GatewayConfig, GatewayServer
 from collab_service.rpc.server import Server
 
 _log = structlog.get_logger(__name__)
@@ -24,50 +27,103 @@ def stop_event() -> asyncio.Event:
     return stop
 
 
-async def run_server(config: Config, url: str, stop: asyncio.Event, *, on_serving: Callable[[str], None]) -> int:
+async def run_server(
+    config: Config, url: str, stop: asyncio.Event, *, on_serving: Callable[[str, str | None], None]
+) -> int:
     """Serve until told to stop; told again, stop at once.
 
     Args:
         config: The settings.
         url: The database; its schema must be there.
         stop: What tells.
-        on_serving: Called with the address once the port is open.
+        on_serving: Called with the addresses once the ports are open; the gateway's is None where there is none.
 
     Returns:
         The exit status: 1 when a part of the server has died.
     """
-    status = 0
+    life = _Life(stop, config.shutdown_grace)
+    server = Server(config, url, on_death=life.died)
+    gateway: GatewayServer | None = None
 
-    def died() -> None:
-        nonlocal status
-        status = 1
-        stop.set()
+    async def start() -> None:
+        nonlocal gateway
+        address, http_address = await server.start(), None
+        if config.http_address is not None:
+            gateway = GatewayServer(_gateway_config(config, config.http_address, address), on_death=life.died)
+            http_address = await gateway.start()
+        on_serving(address, http_address)
 
-    server = Server(config, url, on_death=died)
-    try:
-        address = await server.start()
-        # What the imports have made stays for good. Left to the garbage collector, looking through it stops the whole
-        # process for 30 to 40 ms, every few seconds.
-        gc.collect()
-        gc.freeze()
-        on_serving(address)
-        await stop.wait()
-        stop.clear()
-        _log.info("stopping", grace_seconds=config.shutdown_grace)
-    finally:
-        stopping = asyncio.create_task(server.stop(config.shutdown_grace), name="stop")
-        again = asyncio.create_task(stop.wait(), name="second-signal")
-        await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
-        if not stopping.done():
-            _log.warning("stopping at once, as the second signal says")
-            stopping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await stopping
-    _log.info("stopped")
-    return status
+    async def end() -> None:
+        if gateway is not None:  # it needs the service for what is in progress
+            await gateway.stop()
+        await server.stop(config.shutdown_grace)
+
+    return await life.run(start, end)
 
 
-def log_serving(address: str, **more: int) -> None:
+async def run_gateway(config: GatewayConfig) -> int:
+    """Run a gateway alone until SIGTERM or Ctrl-C; told again, stop at once. Return the exit status."""
+    life = _Life(stop_event(), config.shutdown_grace)
+    gateway = GatewayServer(config, on_death=life.died)
+
+    async def start() -> None:
+        address = await gateway.start()
+        _log.info("serving", http_address=address, target=config.target, version=__version__, pid=os.getpid())
+
+    return await life.run(start, gateway.stop)
+
+
+class _Life:
+    """From the start to the end of a process that serves."""
+
+    def __init__(self, stop: asyncio.Event, grace: float) -> None:
+        self._stop = stop
+        self._grace = grace
+        self._status = 0
+
+    def died(self) -> None:
+        """End, since a part has died."""
+        self._status = 1
+        self._stop.set()
+
+    async def run(self, start: Callable[[], Awaitable[None]], end: Callable[[], Coroutine[Any, Any, None]]) -> int:
+        """Start, wait until told to stop, and end; told again, end at once. Return the exit status."""
+        try:
+            await start()
+            # What the imports have made stays for good. Left to the garbage collector, looking through it stops the
+            # whole process for 30 to 40 ms, every few seconds.
+            gc.collect()
+            gc.freeze()
+            await self._stop.wait()
+            self._stop.clear()
+            _log.info("stopping", grace_seconds=self._grace)
+        finally:
+            stopping = asyncio.create_task(end(), name="stop")
+            again = asyncio.create_task(self._stop.wait(), name="second-signal")
+            await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
+            again.cancel()
+            if not stopping.done():
+                _log.warning("stopping at once, as the second signal says")
+                stopping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await stopping
+        _log.info("stopped")
+        return self._status
+
+
+def _gateway_config(config: Config, http_address: str, grpc_address: str) -> GatewayConfig:
+    host, port = split_address(grpc_address)
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    return GatewayConfig(
+        target=join_address(everywhere.get(host, host), port),
+        http_address=http_address,
+        share_port=config.share_port,
+        cors_origins=config.cors_origins,
+        max_body_bytes=config.max_body_bytes,
+        shutdown_grace=config.shutdown_grace,
+    )
+
+
+def log_serving(address: str, http_address: str | None, **more: int) -> None:
     """Tell the log that calls are taken from now on."""
-    _log.info("serving", grpc_address=address, version=__version__, pid=os.getpid(), **more)
+    _log.info("serving", grpc_address=address, http_address=http_address, version=__version__, pid=os.getpid(), **more)

@@ -8,8 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from collab_service.cli.failure import CommandError
-from collab_service.cli.settings import DatabaseUrl, default_data_dir
-from collab_service.config import Config
+from collab_service.cli.settings import (
+    AllowUnauthenticated,
+    CorsOrigins,
+    DatabaseUrl,
+    LogFormatOption,
+    MaxBodyBytes,
+    ShutdownGrace,
+    default_data_dir,
+)
+from collab_service.config import DEFAULT_HTTP_ADDRESS, DEFAULT_MAX_BODY_BYTES, Config
 from collab_service.logs import LogFormat
 from collab_service.model import Limits, QueueLimits
 from collab_service.model.limits import DEFAULT_MAX_FOLLOWERS
@@ -42,13 +50,15 @@ def serve(
         typer.Option(envvar="COLLAB_GRPC_ADDRESS", metavar="HOST:PORT", help="Where gRPC listens; port 0 picks one."),
     ] = "127.0.0.1:50051",
     http_address: Annotated[
-        str,
+        str | None,
         typer.Option(
             envvar="COLLAB_HTTP_ADDRESS",
-            metavar="HOST:PORT",
-            help="Where the JSON gateway will listen; checked now, used by a later version.",
+            metavar="HOST:PORT|off",
+            help="Where the JSON gateway listens; port 0 picks one, off starts none.",
+            show_default=f"{DEFAULT_HTTP_ADDRESS}, where it is free",
         ),
-    ] = "127.0.0.1:8080",
+    ] = None,
+    cors_origin: CorsOrigins = None,
     workers: Annotated[
         str,
         typer.Option(
@@ -57,27 +67,9 @@ def serve(
             help="Processes that serve on the one port; auto: one for each core.",
         ),
     ] = "1",
-    allow_unauthenticated: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unauthenticated",
-            envvar="COLLAB_ALLOW_UNAUTHENTICATED",
-            help="Listen on addresses that other machines reach, although anybody there can then read and write.",
-        ),
-    ] = False,
-    log_format: Annotated[
-        LogFormat,
-        typer.Option(envvar="COLLAB_LOG_FORMAT", help="Log lines for people or machines; auto asks the terminal."),
-    ] = LogFormat.AUTO,
-    shutdown_grace: Annotated[
-        float,
-        typer.Option(
-            envvar="COLLAB_SHUTDOWN_GRACE",
-            metavar="SECONDS",
-            min=0,
-            help="How long calls in progress may finish on a stop.",
-        ),
-    ] = 10.0,
+    allow_unauthenticated: AllowUnauthenticated = False,
+    log_format: LogFormatOption = LogFormat.AUTO,
+    shutdown_grace: ShutdownGrace = 10.0,
     database_pool_size: Annotated[
         int,
         typer.Option(
@@ -104,6 +96,7 @@ def serve(
             help="Silence after which a client is asked for a sign of life; it has a third of that to give one.",
         ),
     ] = 30.0,
+    max_body_bytes: MaxBodyBytes = DEFAULT_MAX_BODY_BYTES,
     max_event_bytes: Annotated[int, _limit("max-event-bytes", "The payload of an event.")] = _LIMITS.event_bytes,
     max_batch_events: Annotated[int, _limit("max-batch-events", "Events in a batch.")] = _LIMITS.batch_events,
     max_batch_bytes: Annotated[
@@ -147,7 +140,9 @@ def serve(
         database_url=database_url or None,
         database_pool_size=database_pool_size,
         grpc_address=grpc_address,
-        http_address=http_address,
+        http_address=None if http_address == "off" else http_address or DEFAULT_HTTP_ADDRESS,
+        cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=max_body_bytes,
         workers=_workers(workers),
         shutdown_grace=shutdown_grace,
         keepalive=keepalive,
@@ -172,7 +167,15 @@ def serve(
     # Imported only here, since it takes half a second that no other command should wait for.
     from collab_service.cli import serving
 
-    sys.exit(serving.run(config, log_format, allow_unauthenticated=allow_unauthenticated))
+    sys.exit(
+        serving.run(
+            config,
+            log_format,
+            allow_unauthenticated=allow_unauthenticated,
+            # An upgrade must not end where another program has the port that nobody chose.
+            http_if_free=http_address is None,
+        )
+    )
 
 
 def _workers(text: str) -> int:

@@ -5,9 +5,11 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import structlog
 
+from collab_service.addresses import AddressError, free_place, is_loopback, split_address
 from collab_service.cli.failure import CommandError
 from collab_service.cli.loop import new_event_loop
 from collab_service.cli.migrate import check_database_url
@@ -17,7 +19,6 @@ from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.logs import LogFormat, configure_logs
 from collab_service.model.errors import CollabError, StorageUnavailable
-from collab_service.rpc.server import AddressError, is_loopback, split_address
 from collab_service.storage import schema
 from collab_service.storage.driver_errors import cause_of
 from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
@@ -46,24 +47,42 @@ def server_errors() -> Iterator[None]:
         raise CommandError(str(error)) from error
 
 
-def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool) -> int:
+def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool, http_if_free: bool) -> int:
     """Serve until SIGTERM or Ctrl-C, and return the exit status.
+
+    Args:
+        config: The settings.
+        log_format: How to log.
+        allow_unauthenticated: Listen on addresses that other machines reach, too.
+        http_if_free: Go without the gateway where somebody else has its address.
 
     Raises:
         CommandError: It is not possible.
     """
     with server_errors():
-        for option, address in (("--grpc-address", config.grpc_address), ("--http-address", config.http_address)):
-            host, _ = split_address(address)
-            if not is_loopback(host) and not allow_unauthenticated:
-                raise CommandError(
-                    f"{option} {address} can be reached from other machines, and there is no authentication yet; "
-                    "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
-                )
+        check_reach("--grpc-address", config.grpc_address, allow_unauthenticated)
+        if config.http_address is not None:
+            check_reach("--http-address", config.http_address, allow_unauthenticated)
         if config.database_url is not None:
             check_database_url(config.database_url)
         configure_logs(log_format)
+        if http_if_free and config.http_address is not None:
+            try:
+                free_place(config.http_address, option="--http-address")
+            except AddressError as error:
+                _log.warning("the gateway is not started", cause=str(error))
+                config = replace(config, http_address=None)
         return _run(config, log_format)
+
+
+def check_reach(option: str, address: str, allow_unauthenticated: bool) -> None:
+    """Raise `CommandError` when an address can be reached from other machines and nobody has allowed it."""
+    host, _ = split_address(address)
+    if not is_loopback(host) and not allow_unauthenticated:
+        raise CommandError(
+            f"{option} {address} can be reached from other machines, and there is no authentication yet; "
+            "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
+        )
 
 
 class _Stopped(BaseException):

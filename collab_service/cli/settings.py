@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from collab_service.logs import LogFormat
+
 DatabaseUrl = Annotated[
     str | None,
     typer.Option(
@@ -13,6 +15,48 @@ DatabaseUrl = Annotated[
         metavar="URL",
         help="The PostgreSQL database: postgresql://user:password@host:5432/database. Any libpq URL works.",
         show_default=False,
+    ),
+]
+
+
+AllowUnauthenticated = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unauthenticated",
+        envvar="COLLAB_ALLOW_UNAUTHENTICATED",
+        help="Listen on addresses that other machines reach, although anybody there can then read and write.",
+    ),
+]
+CorsOrigins = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="COLLAB_CORS_ORIGIN",
+        metavar="ORIGIN",
+        help="An origin whose pages may call the gateway from a browser, such as https://app.example; can be repeated.",
+        show_default="none",
+    ),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(envvar="COLLAB_LOG_FORMAT", help="Log lines for people or machines; auto asks the terminal."),
+]
+MaxBodyBytes = Annotated[
+    int,
+    typer.Option(
+        envvar="COLLAB_MAX_BODY_BYTES",
+        min=1,
+        max=2**31 - 1,
+        help="The body of an HTTP request.",
+        rich_help_panel="Limits",
+    ),
+]
+ShutdownGrace = Annotated[
+    float,
+    typer.Option(
+        envvar="COLLAB_SHUTDOWN_GRACE",
+        metavar="SECONDS",
+        min=0,
+        help="How long calls in progress may finish on a stop.",
     ),
 ]
 

@@ -30,8 +30,8 @@ async def _work(order: Order) -> int:
         _log.warning("the parent process is gone")
         stop.set()
 
-    def ready(address: str) -> None:
-        _log.info("worker serving", grpc_address=address)
+    def ready(address: str, http_address: str | None) -> None:
+        _log.info("worker serving", grpc_address=address, http_address=http_address)
         with suppress(BrokenPipeError):  # the parent has died, which it hears in a moment
             sys.stdout.buffer.write(READY)
             sys.stdout.buffer.flush()

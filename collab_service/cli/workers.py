@@ -7,18 +7,16 @@ The kernel spreads the connections over them (SO_REUSEPORT, https://man7.org/lin
 import asyncio
 import pickle
 import signal
-import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import structlog
 
+from collab_service.addresses import held_address
 from collab_service.cli.process import log_serving
 from collab_service.config import Config
 from collab_service.logs import LogFormat
-from collab_service.rpc.server import cannot_listen, refuse_used_port
 
 _log = structlog.get_logger(__name__)
 
@@ -39,28 +37,6 @@ class Order:
     config: Config
     url: str
     log_format: LogFormat
-
-
-@contextmanager
-def held_port(address: str) -> Iterator[int]:
-    """Keep a port for processes of ours, without listening; yield its number.
-
-    Raises:
-        AddressError: Somebody else listens there, or it is not an address of this machine.
-    """
-    family, place = refuse_used_port(address)
-    with socket.socket(family) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            held.bind(place)
-        except OSError:
-            # Connections linger of a server that was alone here. Only now, since it lets others bind the port as well.
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                held.bind(place)
-            except OSError as error:
-                raise cannot_listen(address) from error
-        yield held.getsockname()[1]
 
 
 class Workers:
@@ -89,9 +65,12 @@ class Workers:
         Raises:
             AddressError: The port cannot be had.
         """
-        with held_port(self._config.grpc_address) as port:
-            host, _, _ = self._config.grpc_address.rpartition(":")
-            self._config = replace(self._config, grpc_address=f"{host}:{port}", share_port=True)
+        with ExitStack() as ports:
+            grpc_address = ports.enter_context(held_address(self._config.grpc_address, option="--grpc-address"))
+            http_address = self._config.http_address
+            if http_address is not None:
+                http_address = ports.enter_context(held_address(http_address, option="--http-address"))
+            self._config = replace(self._config, grpc_address=grpc_address, http_address=http_address, share_port=True)
             async with asyncio.TaskGroup() as tasks:
                 for number in range(1, self._config.workers + 1):
                     tasks.create_task(self._keep_running(number, stop), name=f"worker-{number}")
@@ -146,7 +125,7 @@ class Workers:
             if await process.stdout.readline() == READY and number not in self._served:
                 self._served.add(number)
                 if len(self._served) == self._config.workers:
-                    log_serving(self._config.grpc_address, workers=self._config.workers)
+                    log_serving(self._config.grpc_address, self._config.http_address, workers=self._config.workers)
             return await process.wait()
         finally:
             del self._processes[number]

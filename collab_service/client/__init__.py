@@ -29,6 +29,7 @@ from collab_service.client.errors import (
     Unavailable,
     Violation,
 )
+from collab_service.client.request_id import request_id
 from collab_service.client.retry import RetryPolicy
 from collab_service.client.values import (
     Appended,
@@ -70,4 +71,5 @@ __all__ = [
     "TooLarge",
     "Unavailable",
     "Violation",
+    "request_id",
 ]

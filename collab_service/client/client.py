@@ -4,6 +4,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -22,7 +23,8 @@ from collab_service.client.convert import (
 )
 from collab_service.client.errors import ServiceError, SessionNotFound
 from collab_service.client.reading import Cursor, pages, rpc_errors
-from collab_service.client.retry import Backoff, RetryPolicy
+from collab_service.client.request_id import call_metadata
+from collab_service.client.retry import SHORTEST_ATTEMPT, Backoff, RetryPolicy
 from collab_service.client.values import (
     Appended,
     AppendedBatch,
@@ -57,7 +59,9 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.service_config", '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'),
 )
 
-Request = TypeVar("Request", bound=Message)
+_LONGEST_TIMEOUT = 1e9
+"""Seconds, some thirty years; where it is more (math.inf, say) grpc never sends the call, and never fails."""
+
 Response = TypeVar("Response")
 
 
@@ -94,11 +98,10 @@ class CollabClient:
         self.timeout = timeout
         self._retry = retry
         self._credentials = credentials
-        self._options = [*_OPTIONS, *options]
+        self._options = list({**dict(_OPTIONS), **dict(options)}.items())  # of equal names grpc takes the first
         self._channel: grpc.aio.Channel | None = None
         self._stub: CollabServiceAsyncStub | None = None
-        # Keys of one client sort behind each other, which keeps the database's index of them compact.
-        self._key_prefix = secrets.token_hex(10)
+        self._key_prefix = ""
         self._key_numbers = count(1)
 
     async def __aenter__(self) -> Self:
@@ -110,6 +113,9 @@ class CollabClient:
         else:
             self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
         self._stub = CollabServiceStub(self._channel)
+        # Keys of one client sort behind each other, which keeps the database's index of them compact. The prefix is
+        # not made with the client: processes that are forked from one that holds a client must not share it.
+        self._key_prefix = secrets.token_hex(10)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -142,7 +148,7 @@ class CollabClient:
         assert self._channel is not None
         with rpc_errors(writes=False):
             response = await health_pb2_grpc.HealthStub(self._channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout
+                health_pb2.HealthCheckRequest(), timeout=min(timeout, _LONGEST_TIMEOUT)
             )
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
@@ -378,9 +384,11 @@ class CollabClient:
             SessionNotFound: There is no such session.
             ServerSeqBeyondHead: The session has not reached `since`.
         """
-        async for page in self.read_pages(session_id, since=since, limit=limit, types=types, timeout=timeout):
-            for event in page.events:
-                yield event
+        read = self.read_pages(session_id, since=since, limit=limit, types=types, timeout=timeout)
+        async with aclosing(read):
+            async for page in read:
+                for event in page.events:
+                    yield event
 
     def read_pages(
         self,
@@ -423,11 +431,13 @@ class CollabClient:
             SessionNotFound: There is no such session (any more).
             ServerSeqBeyondHead: The session has not reached `since`, or was restored to an earlier state.
         """
-        async for page in self.follow_pages(
+        follow = self.follow_pages(
             session_id, since=since, limit=limit, types=types, timeout=timeout, patience=patience
-        ):
-            for event in page.events:
-                yield event
+        )
+        async with aclosing(follow):
+            async for page in follow:
+                for event in page.events:
+                    yield event
 
     async def follow_pages(
         self,
@@ -443,12 +453,15 @@ class CollabClient:
 
         A page tells how far it reaches (`through_server_seq`) and whether that is the head (`is_caught_up`).
         """
-        timeout = self._timeout(timeout)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout(timeout)
         if since == END:
             since = (await self.get_session(session_id, timeout=timeout)).last_server_seq
         cursor = Cursor(session_id, since, limit, types, follow=True)
-        async for page in pages(self.stub, cursor, self._retry, timeout=timeout, patience=patience):
-            yield page
+        follow = pages(self.stub, cursor, self._retry, timeout=deadline - loop.time(), patience=patience)
+        async with aclosing(follow):
+            async for page in follow:
+                yield page
 
     async def _call(
         self,
@@ -474,8 +487,9 @@ class CollabClient:
         written_perhaps = False
         while True:
             try:
+                left = min(max(deadline - loop.time(), 0.0), _LONGEST_TIMEOUT)
                 with rpc_errors(writes=writes):
-                    return await method(request, timeout=max(deadline - loop.time(), 0.0))
+                    return await method(request, timeout=left, metadata=call_metadata())
             except ServiceError as error:
                 written_perhaps |= error.side_effects == "unknown"
                 if written_perhaps:
@@ -483,7 +497,7 @@ class CollabClient:
                 pause = None
                 if error.is_retryable and (repeatable or not written_perhaps):
                     pause = backoff.next(error.retry_after)
-                if pause is None or loop.time() + pause >= deadline:
+                if pause is None or loop.time() + pause + SHORTEST_ATTEMPT >= deadline:
                     raise
             await asyncio.sleep(pause)
 

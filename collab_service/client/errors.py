@@ -31,6 +31,13 @@ SideEffects = Literal["none", "unknown"]
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
 
+# grpc tells only in words how far a call has come.
+_NEVER_SENT = ("failed to connect to all ", "connections to all backends failing", "errors resolving ", "empty address")
+"""How it begins to say that there was no connection to send the call on."""
+_OVER_THE_LIMIT = "message larger than max"
+_REFUSED_AS_TOO_LARGE = ("CLIENT: Sent message larger", "SERVER: Received message larger")
+"""As it says of a request. An answer that is too large comes after the call was carried out."""
+
 
 class Violation(NamedTuple):
     """One bad field of a request."""
@@ -185,7 +192,7 @@ def error_of(rpc_error: grpc.RpcError, *, writes: bool) -> ServiceError:
     details = metadata.get(_DETAILS_KEY)
     if details is None:  # the transport's own words
         kind = _BY_CODE.get(code, InternalError)
-        if kind is Overloaded and "larger than max" in message:  # over the receive limit, here or there
+        if kind is Overloaded and _OVER_THE_LIMIT in message:
             kind = TooLarge
         elif code is grpc.StatusCode.NOT_FOUND:
             kind = InternalError
@@ -194,7 +201,12 @@ def error_of(rpc_error: grpc.RpcError, *, writes: bool) -> ServiceError:
             text = f"the service does not answer: {text}"
         elif kind is InternalError:
             text = f"the service answered {code.name}: {text}"
-        unwritten = kind is TooLarge or code is grpc.StatusCode.UNIMPLEMENTED or not writes
+        unwritten = (
+            not writes
+            or code is grpc.StatusCode.UNIMPLEMENTED
+            or message.startswith(_NEVER_SENT)
+            or any(words in message for words in _REFUSED_AS_TOO_LARGE)
+        )
         return kind(text, side_effects="none" if unwritten else "unknown", request_id=request_id)
     status = Status.FromString(details)
     info, retry, bad = ErrorInfo(), RetryInfo(), BadRequest()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import grpc
 
 from collab_service.client.convert import message_of, page_of
-from collab_service.client.errors import ServiceError, Unavailable, error_of
-from collab_service.client.retry import Backoff, RetryPolicy
+from collab_service.client.errors import ServiceError, Unavailable, Violation, error_of, invalid
+from collab_service.client.request_id import call_metadata
+from collab_service.client.retry import SHORTEST_ATTEMPT, Backoff, RetryPolicy
 from collab_service.client.values import EventPage
 from collab_service.v1 import collab_service_pb2 as pb
 
@@ -38,6 +39,8 @@ def rpc_errors(*, writes: bool) -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise Unavailable("the service has cancelled the call", side_effects="unknown" if writes else "none") from error
+    except grpc.aio.UsageError as error:  # between two attempts
+        raise RuntimeError("the client was closed while it was in use") from error
 
 
 @dataclass(slots=True)
@@ -56,6 +59,8 @@ class Cursor:
 
     def request(self) -> pb.ListEventsRequest:
         """Return the request for what comes next; raises `InvalidRequest` as `message_of` does."""
+        if isinstance(self.types, str):  # a sequence of letters, to Python
+            raise invalid([Violation("types", f"must be a list of types; did you mean [{self.types!r}]?")])
         return message_of(
             pb.ListEventsRequest,
             session_id=self.session_id,
@@ -106,7 +111,9 @@ async def pages(
     backoff = Backoff(policy)
     give_up_at = loop.time() + timeout
     while True:
-        call = stub.ListEvents(cursor.request())
+        request = cursor.request()
+        with rpc_errors(writes=False):
+            call = stub.ListEvents(request, metadata=call_metadata())
         try:
             while True:
                 message = await _next_message(call, give_up_at)
@@ -124,7 +131,7 @@ async def pages(
                 give_up_at = now + patience
                 _log.info("reading session %s was cut after %s: %s", cursor.session_id, cursor.position, error)
             pause = backoff.next(error.retry_after) if error.is_retryable else None
-            if pause is None or now + pause >= give_up_at:
+            if pause is None or now + pause + SHORTEST_ATTEMPT >= give_up_at:
                 raise
         finally:
             call.cancel()

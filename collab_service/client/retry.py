@@ -20,6 +20,11 @@ class RetryPolicy:
     """Attempts at most; 1 never tries again, None tries for as long as the call's timeout lasts."""
 
 
+SHORTEST_ATTEMPT = 0.1
+"""Seconds: with less than that before the end of its timeout a call does not try again. It would only replace what is
+known of the trouble by the news that time is up."""
+
+
 class Backoff:
     """The pauses of one call."""
 
@@ -29,7 +34,7 @@ class Backoff:
 
     def reset(self) -> None:
         """Begin anew: something has worked."""
-        self._pause = self._policy.first_pause
+        self._pause = min(self._policy.first_pause, self._policy.longest_pause)
         self._attempts = 1
 
     def next(self, at_least: float | None) -> float | None:

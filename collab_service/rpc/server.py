@@ -1,17 +1,14 @@
 """The gRPC server: what it listens on, what it offers, and the order in which it stops."""
 
 import asyncio
-import errno
-import ipaddress
-import socket
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from collab_service.addresses import cannot_listen, free_place, join_address, split_address
 from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.service import LogService
@@ -24,70 +21,12 @@ _log = structlog.get_logger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CollabService"]
 
+_OPTION = "--grpc-address"
 _LINGER = 0.5
 """Seconds to go on refusing new calls before the port closes."""
 _PENDING_CALLS = 20_000
 _FLUSH = 1.0
 """Seconds for the last answers to get out, once the calls are done."""
-
-
-class AddressError(Exception):
-    """The address cannot be listened on; the message is a sentence that says why."""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return the host and the port of `HOST:PORT`.
-
-    Raises:
-        AddressError: It is none.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise AddressError(f"{address!r} is no address; it looks like 127.0.0.1:50051 or [::1]:50051")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def refuse_used_port(address: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    """Return the family and the place of an address that nobody listens on, the first where a name has several.
-
-    The check is to bind it without `SO_REUSEPORT`: with that, one comes to share a port with whoever has set it, too;
-    and grpc is content with one of several places that a name such as `localhost` stands for.
-
-    Raises:
-        AddressError: Somebody listens there, or it is not an address of this machine.
-    """
-    host, port = split_address(address)
-    free: list[tuple[socket.AddressFamily, tuple[Any, ...]]] = []
-    try:
-        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
-                try:
-                    probe.bind(place)
-                except OSError as error:
-                    if error.errno != errno.EADDRNOTAVAIL:  # as for ::1 where there is no IPv6
-                        raise
-                else:
-                    free.append((family, place))
-        return free[0]
-    except (OSError, IndexError) as error:
-        raise cannot_listen(address) from error
-
-
-def cannot_listen(address: str) -> AddressError:
-    """Return the error that says so."""
-    return AddressError(
-        f"cannot listen on {address}: it is in use or not an address of this machine; "
-        "choose another with --grpc-address"
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches a host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server:
@@ -120,15 +59,14 @@ class Server:
         await self._health.beat()
         self._tasks.spawn(self._health.run(), "health")
         host, port = split_address(self._config.grpc_address)
-        written = f"[{host}]" if ":" in host else host
         if not self._config.share_port:
-            refuse_used_port(self._config.grpc_address)
+            free_place(self._config.grpc_address, option=_OPTION)
         try:
-            bound = self._grpc.add_insecure_port(f"{written}:{port}")
+            bound = self._grpc.add_insecure_port(join_address(host, port))
         except RuntimeError as error:
-            raise cannot_listen(self._config.grpc_address) from error
+            raise cannot_listen(self._config.grpc_address, option=_OPTION) from error
         await self._grpc.start()
-        return f"{written}:{bound}"
+        return join_address(host, bound)
 
     async def stop(self, grace: float) -> None:
         """Stop so that nothing acknowledged is lost, and nothing in progress cut within `grace` seconds."""

@@ -1,0 +1,225 @@
+"""The gateway as an ASGI application: routes, and what surrounds every call."""
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+
+import msgspec
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from collab_service import __version__
+from collab_service.client import CollabClient, ServiceError
+from collab_service.client import request_id as client_request_id
+from collab_service.gateway.errors import RequestError, answer_to_error, answer_to_service_error, internal_answer
+from collab_service.gateway.handlers import JSON, Handlers
+from collab_service.gateway.openapi import document
+from collab_service.gateway.operations import OPERATIONS
+from collab_service.gateway.pages import page_routes
+from collab_service.gateway.streams import Followers
+
+_log = structlog.get_logger(__name__)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a caller's own request id may look like; any other is replaced."""
+_READY_TIMEOUT = 2.0
+"""Seconds for the service to say that it is well."""
+
+
+class Gateway:
+    """The application, and its state."""
+
+    def __init__(self, client: CollabClient, *, cors_origins: Sequence[str], max_body_bytes: int) -> None:
+        """Prepare.
+
+        Args:
+            client: The service; its context must be entered before requests come.
+            cors_origins: Origins whose pages may call from a browser; `*` for all.
+            max_body_bytes: What a request may bring.
+        """
+        self._client = client
+        self._draining = False
+        self.followers = Followers()
+        handlers = Handlers(client, self.followers, max_body_bytes)
+        self._document = msgspec.json.encode(document(__version__))
+        routes = [
+            Route(operation.path, getattr(handlers, operation.handler), methods=[operation.method])
+            for operation in OPERATIONS
+        ]
+        routes += [
+            Route("/healthz", self._healthz, methods=["GET"]),
+            Route("/readyz", self._readyz, methods=["GET"]),
+            Route("/openapi.json", self._openapi, methods=["GET"]),
+            Route("/inspector/followers/{id:int}", self._followers, methods=["GET"]),
+            *page_routes(),
+        ]
+        middleware = [Middleware(GZipMiddleware, minimum_size=500, compresslevel=4)]
+        if cors_origins:
+            middleware.insert(
+                0,
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=list(cors_origins),
+                    allow_methods=["GET", "POST", "DELETE"],
+                    allow_headers=["Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-Id"],
+                    expose_headers=["Link", "Retry-After", "X-Request-Id"],
+                ),
+            )
+        inner = Starlette(
+            routes=_one_route_a_path(routes),
+            middleware=middleware,
+            exception_handlers={
+                RequestError: _refused,
+                ServiceError: _failed,
+                HTTPException: _not_routed,
+                ClientDisconnect: _gone,
+            },
+        )
+        inner.router.redirect_slashes = False
+        self.app: ASGIApp = _Boundary(inner)
+
+    def drain(self) -> None:
+        """Be not ready from now on, and end what follows."""
+        self._draining = True
+        self.followers.close()
+
+    async def _healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _readyz(self, request: Request) -> Response:
+        cause = "draining" if self._draining else ""
+        if not cause:
+            try:
+                if not await self._client.is_serving(timeout=_READY_TIMEOUT):
+                    cause = "the service cannot work: it is stopping, or its database is away"
+            except ServiceError:
+                cause = "the service does not answer"
+        if cause:
+            return JSONResponse({"status": "not ready", "cause": cause}, HTTPStatus.SERVICE_UNAVAILABLE)
+        return JSONResponse({"status": "ready"})
+
+    async def _openapi(self, request: Request) -> Response:
+        return Response(self._document, media_type=JSON)
+
+    async def _followers(self, request: Request) -> Response:
+        return JSONResponse({"followers": self.followers.count[request.path_params["id"]]})
+
+
+class _Boundary:
+    """Gives every request its id, and answers and logs what goes wrong; nothing internal leaves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = _request_id(scope)
+        scope["state"] = {"request_id": request_id}
+        client_request_id.set(request_id)
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if scope["path"].startswith("/api/"):
+                    _set_default(message["headers"], b"cache-control", b"no-store")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            log = _log.bind(method=scope["method"], path=scope["path"], request_id=request_id)
+            if isinstance(error, ServiceError):  # after the answer had begun
+                log.info("request was cut off", code=error.reason or type(error).__name__)
+                raise  # which closes the connection, so that nobody takes the answer for whole
+            log.error("request failed", status=500, exc_info=error)
+            if started:
+                raise
+            await internal_answer(request_id)(scope, receive, send_with_id)
+
+
+def _one_route_a_path(routes: list[Route]) -> list[Route]:
+    """Return the routes, those of one path as one: then a wrong method is told with all that are right."""
+    by_path: dict[str, dict[str, Callable[[Request], Awaitable[Response]]]] = {}
+    for route in routes:
+        methods = by_path.setdefault(route.path, {})
+        for method in route.methods or ():
+            methods[method] = route.endpoint
+    merged = [Route(path, _by_method(methods), methods=list(methods)) for path, methods in by_path.items()]
+    for route in merged:
+        if route.methods is not None and route.path.startswith("/api/"):
+            route.methods.discard("HEAD")  # which would read a whole session to show nothing of it
+    return merged
+
+
+def _by_method(
+    methods: dict[str, Callable[[Request], Awaitable[Response]]],
+) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        return await methods[request.method](request)
+
+    return endpoint
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
+            return str(text)
+    return uuid.uuid4().hex
+
+
+def _set_default(headers: list[tuple[bytes, bytes]], name: bytes, value: bytes) -> None:
+    if all(known != name for known, _ in headers):
+        headers.append((name, value))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _logged(request, error.code, answer_to_error(error))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return _logged(request, error.reason or type(error).__name__, answer_to_service_error(error))
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        code, message = "METHOD_NOT_ALLOWED", f"{request.method} is not possible here; possible are: {allowed}"
+    elif error.status_code == HTTPStatus.NOT_FOUND:
+        code, message = "ROUTE_NOT_FOUND", f"there is nothing at {path[:200]}; /docs tells what there is"
+    else:
+        code, message = "INVALID_REQUEST", str(error.detail)
+    refused = RequestError(HTTPStatus(error.status_code), code, message, headers=error.headers)
+    return _logged(request, code, answer_to_error(refused))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return _logged(request, "CLIENT_GONE", Response(status_code=HTTPStatus.BAD_REQUEST))  # which nobody will see
+
+
+def _logged(request: Request, code: str, response: Response) -> Response:
+    _log.info(
+        "request failed",
+        method=request.method,
+        path=request.url.path,
+        status=response.status_code,
+        code=code,
+        request_id=request.state.request_id,
+    )
+    return response

@@ -1,0 +1,248 @@
+"""Reads requests: the body within its limit, forms out of it and out of the query, all that is wrong told at once."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+from starlette.requests import Request
+
+from collab_service.client import NewEvent
+from collab_service.gateway.errors import RequestError, invalid
+from collab_service.gateway.forms import ABSENT, WHAT_IS_RIGHT, Detail, EventBody, fields_of
+from collab_service.model.payload import json_object_problem
+
+F = TypeVar("F", bound=Struct)
+E = TypeVar("E", bound=EventBody)
+
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+_raw_objects = msgspec.json.Decoder(dict[str, Raw])
+_raw_list = msgspec.json.Decoder(list[Raw])
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        RequestError: It is no JSON by its content type, is larger than `most` bytes, or is not UTF-8.
+    """
+    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower()
+    # Also when there is none: a page of somebody else's could then post here from a browser without being asked.
+    if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", 'charset="utf-8"'):
+        raise RequestError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "UNSUPPORTED_MEDIA_TYPE",
+            "the body must be JSON in UTF-8, sent with the header Content-Type: application/json",
+        )
+    length = request.headers.get("content-length", "0")
+    size, parts = int(length) if length.isdigit() else 0, []
+    if size <= most:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                break
+            parts.append(part)
+    if size > most:
+        raise RequestError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            "BODY_TOO_LARGE",
+            f"the body must be at most {most} bytes",
+            headers={"connection": "close"},
+        )
+    body = b"".join(parts)
+    try:
+        body.decode()  # which msgspec does not check within payloads
+    except UnicodeDecodeError as error:
+        raise _malformed(f"it is not UTF-8 from byte {error.start} on") from error
+    return body
+
+
+def object_of(body: bytes, form: type[F]) -> F:
+    """Return a JSON object as a form; raises `RequestError` with everything that is wrong."""
+    try:
+        found: F = _decode(body, form)
+    except msgspec.ValidationError:
+        raise invalid(_problems(body, form, "")) from None
+    return found
+
+
+def list_of(body: bytes, form: type[F]) -> list[F]:
+    """Return a JSON array of objects as forms; raises `RequestError` with everything that is wrong."""
+    try:
+        found: list[F] = _decode(body, list[form])  # type: ignore[valid-type]
+        return found
+    except msgspec.ValidationError:
+        pass
+    try:
+        items = _raw_list.decode(body)
+    except msgspec.ValidationError:
+        raise invalid([Detail("body", "must be a JSON array of events")]) from None
+    raise invalid(
+        problem for index, item in enumerate(items) for problem in _problems(bytes(item), form, f"[{index}].")
+    )
+
+
+def query_of(request: Request, form: type[F]) -> F:
+    """Return the parameters of a request as a form; raises `RequestError` with everything that is wrong."""
+    fields = fields_of(form)
+    values: dict[str, Any] = {}
+    problems: list[Detail] = []
+    for name, text in request.query_params.multi_items():
+        if name not in fields:
+            problems.append(_unknown(name, fields))
+        elif name in values:
+            problems.append(Detail(name, "must be given once"))
+        else:
+            try:
+                values[name] = msgspec.convert(text, fields[name].type, strict=False)
+            except msgspec.ValidationError:
+                problems.append(_wrong(name))
+                values[name] = None
+    problems += [Detail(name, "must be given") for name in _missing(fields, values)]
+    if problems:
+        raise invalid(problems)
+    return msgspec.convert(values, form)
+
+
+def id_of(request: Request) -> int:
+    """Return the session's number in the path; raises `RequestError` when it is none."""
+    try:
+        text = request.path_params["id"]
+        number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+        if 1 <= number < 2**63:
+            return number
+    except ValueError:
+        pass
+    raise invalid([_wrong("id")])
+
+
+def idempotency_key_of(request: Request) -> str | None:
+    """Return the header `Idempotency-Key`; raises `RequestError` when it is no text."""
+    values = [value for name, value in request.headers.raw if name == b"idempotency-key"]
+    if not values:
+        return None
+    try:
+        (value,) = values
+        return value.decode()
+    except ValueError as error:
+        raise invalid([Detail("Idempotency-Key", "must be given once, in UTF-8")]) from error
+
+
+def events_of(forms: list[E], key: str | None, *, in_batch: bool) -> list[NewEvent]:
+    """Return the events of a request.
+
+    Args:
+        forms: What the body says.
+        key: The header `Idempotency-Key`: the key of the first event, which is enough for all of them.
+        in_batch: Whether they came in an array.
+
+    Raises:
+        RequestError: A payload or signature is not base64, there are two payloads, or two keys.
+    """
+    events: list[NewEvent] = []
+    problems: list[Detail] = []
+    for index, form in enumerate(forms):
+        path = f"[{index}]." if in_batch else ""
+        payload: str | bytes = bytes(form.payload).decode() if form.payload != ABSENT else "{}"
+        if form.payload_base64 is not None:
+            if form.payload != ABSENT:
+                problems.append(Detail(path + "payloadBase64", "must not be given beside payload"))
+            payload = _bytes(form.payload_base64, path + "payloadBase64", problems)
+        own_key = form.idempotency_key
+        if key is not None and index == 0:
+            if own_key not in (None, key):
+                problems.append(
+                    Detail(path + "idempotencyKey", "must be that of the header Idempotency-Key, if both are given")
+                )
+            own_key = key
+        signature = b"" if form.signature is None else _bytes(form.signature, path + "signature", problems)
+        events.append(
+            NewEvent(
+                payload,
+                actor_id=form.actor_id,
+                client_seq=form.client_seq,
+                type=form.type,
+                hash=form.hash,
+                signature=signature,
+                idempotency_key=own_key,
+            )
+        )
+    if problems:
+        raise invalid(problems)
+    return events
+
+
+def _decode(body: bytes, kind: Any) -> Any:
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError as error:
+        raise _malformed(str(error)) from error
+    except RecursionError as error:
+        raise _malformed("it is nested too deep") from error
+
+
+def _problems(body: bytes, form: type[Struct], path: str) -> list[Detail]:
+    """Return everything that keeps an object from being a form."""
+    try:
+        values: Mapping[str, Raw] = _raw_objects.decode(body)
+    except msgspec.ValidationError:
+        return [Detail(path.removesuffix(".") or "body", "must be a JSON object")]
+    fields = fields_of(form)
+    problems = []
+    for name, value in values.items():
+        if name not in fields:
+            problems.append(_unknown(name, fields, path))
+            continue
+        try:
+            decoded = _decode(value, fields[name].type)
+        except (msgspec.ValidationError, RequestError):
+            problems.append(_wrong(name, path))
+            continue
+        # What the service would tell of, had it been asked.
+        if isinstance(decoded, str) and "\0" in decoded:
+            problems.append(Detail(path + name, "must not hold a NUL character"))
+        elif isinstance(decoded, str) and name in ("payloadBase64", "signature"):
+            _bytes(decoded, path + name, problems)
+        elif name == "payload" and decoded != ABSENT and (problem := json_object_problem(bytes(decoded).decode())):
+            problems.append(Detail(path + name, problem))
+    return problems + [Detail(path + name, "must be given") for name in _missing(fields, values)]
+
+
+def _missing(fields: Mapping[str, msgspec.structs.FieldInfo], values: Mapping[str, Any]) -> list[str]:
+    return [name for name, field in fields.items() if field.required and name not in values]
+
+
+def _wrong(name: str, path: str = "") -> Detail:
+    return Detail(path + name, f"must be {WHAT_IS_RIGHT.get(name, 'a string that is not empty')}")
+
+
+def _unknown(name: str, fields: Mapping[str, Any], path: str = "") -> Detail:
+    known = ", ".join(fields)
+    return Detail(path + name[:100], f"is not known; known are: {known}" if known else "is not known; there are none")
+
+
+def _bytes(text: str, field: str, problems: list[Detail]) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        problems.append(Detail(field, f"must be {WHAT_IS_RIGHT['signature']}"))
+        return b""
+
+
+def _malformed(why: str) -> RequestError:
+    return RequestError(
+        HTTPStatus.BAD_REQUEST,
+        "INVALID_REQUEST",
+        f"the body is not JSON: {why}",
+        [Detail("body", f"must be JSON (RFC 8259): {why}")],
+    )

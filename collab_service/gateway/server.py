@@ -1,0 +1,119 @@
+"""The gateway's HTTP server: what it listens on, and the order in which it stops."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+import uvicorn
+
+from collab_service.addresses import join_address, listening_socket, split_address
+from collab_service.client import CollabClient, RetryPolicy
+from collab_service.gateway.app import Gateway
+
+_log = structlog.get_logger(__name__)
+
+OPTION = "--http-address"
+_LINGER = 0.5
+"""Seconds to be not ready before the port closes, so that load balancers send nothing new."""
+_KEEP_ALIVE = 75
+"""Seconds that a silent connection is kept: longer than load balancers do, who must be the ones to close it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """How to run a gateway."""
+
+    target: str
+    """The service's gRPC address."""
+    http_address: str = "127.0.0.1:8080"
+    share_port: bool = False
+    """Let other processes of ours listen on the same port."""
+    cors_origins: Sequence[str] = ()
+    """Origins whose pages may call from a browser."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    shutdown_grace: float = 10.0
+    """Seconds that requests in progress get to finish."""
+
+
+class GatewayServer:
+    """One process's gateway."""
+
+    def __init__(self, config: GatewayConfig, *, on_death: Callable[[], None]) -> None:
+        """Prepare; `start` opens the port.
+
+        Args:
+            config: The settings.
+            on_death: Called when it has ended without being told to, after which the process has to go.
+        """
+        self._config = config
+        self._on_death = on_death
+        # One attempt: whoever calls is told what went wrong, and decides.
+        self._client = CollabClient(config.target, retry=RetryPolicy(attempts=1))
+        self._gateway = Gateway(self._client, cors_origins=config.cors_origins, max_body_bytes=config.max_body_bytes)
+        # Ours is the log: uvicorn's has a line for every client that leaves and every answer that is cut off.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                self._gateway.app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                http="httptools",
+                ws="none",
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Open the port and return the address, with the port that was chosen where it was 0.
+
+        Raises:
+            AddressError: It cannot be listened on.
+        """
+        listener = listening_socket(self._config.http_address, share=self._config.share_port, option=OPTION)
+        port = listener.getsockname()[1]
+        await self._client.__aenter__()
+        self._serving = asyncio.create_task(self._uvicorn.serve([listener]), name="gateway")
+        self._serving.add_done_callback(self._ended)
+        await self._uvicorn.is_started.wait()
+        host, _ = split_address(self._config.http_address)
+        return join_address(host, port)
+
+    async def stop(self) -> None:
+        """Stop in order: not ready, follows end, requests in progress finish, the port closes."""
+        if self._serving is None:
+            return
+        self._gateway.drain()
+        await asyncio.sleep(min(_LINGER, self._config.shutdown_grace))
+        self._uvicorn.config.timeout_graceful_shutdown = max(round(self._config.shutdown_grace), 1)
+        self._uvicorn.should_exit = True
+        await asyncio.wait((self._serving,))
+        await self._client.__aexit__()
+
+    def _ended(self, serving: asyncio.Task[None]) -> None:
+        self._uvicorn.is_started.set()
+        if not self._uvicorn.should_exit:
+            _log.error("the gateway has died", exc_info=None if serving.cancelled() else serving.exception())
+            self._on_death()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, which leaves the signals to us and tells when it has started."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_started = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]  # as uvicorn has it
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_started.set()

@@ -1,0 +1,140 @@
+"""Events on their way to a client, page by page: as an array, as lines, or as server-sent events that follow.
+
+Memory does not grow with the session: the next page is asked for when the one before has been taken. An answer that
+fails half-way is cut off, so that nobody takes it for whole.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+
+import msgspec
+from msgspec import Struct
+from starlette.responses import StreamingResponse
+
+from collab_service.client import CollabClient, Event, EventPage, Overloaded, Unavailable
+from collab_service.client.json_form import event_form
+from collab_service.gateway.forms import EventsQuery
+
+_encode = msgspec.json.Encoder().encode
+_RETRY = b"retry: 2000\n\n"
+"""Milliseconds after which a browser comes again."""
+
+
+async def array(items: AsyncIterator[Iterable[Struct]]) -> AsyncGenerator[bytes, None]:
+    """Yield what comes as the parts of one JSON array."""
+    separator = b"["
+    async for page in items:
+        if part := b",".join(map(_encode, page)):
+            yield separator + part
+            separator = b","
+    yield b"[]" if separator == b"[" else b"]"
+
+
+async def lines(items: AsyncIterator[Iterable[Struct]]) -> AsyncGenerator[bytes, None]:
+    """Yield what comes as lines of JSON."""
+    async for page in items:
+        if part := b"".join(_encode(item) + b"\n" for item in page):
+            yield part
+
+
+async def begun(content: AsyncGenerator[bytes, None], media_type: str) -> StreamingResponse:
+    """Return an answer whose first part is there already: what fails before has a status of its own."""
+    first = await anext(content, b"")
+
+    async def whole() -> AsyncIterator[bytes]:
+        async with aclosing(content):
+            yield first
+            async for part in content:
+                yield part
+
+    return StreamingResponse(whole(), media_type=media_type)
+
+
+class Followers:
+    """The server-sent events that are being sent, which can be ended all together."""
+
+    def __init__(self) -> None:
+        self._ending: set[asyncio.Timeout] = set()
+        self._closed = False
+        self.count: Counter[int] = Counter()
+        """How many follow through this gateway, by session."""
+
+    def close(self) -> None:
+        """End them all, also those that come from now on: a browser comes again after two seconds."""
+        self._closed = True
+        for timeout in self._ending:
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def answer(self, client: CollabClient, query: EventsQuery, since: int, types: list[str]) -> StreamingResponse:
+        """Return an answer that follows a session.
+
+        Raises:
+            ServiceError: What coming again does not help.
+        """
+        pages = client.follow_pages(query.session_id, since=since, limit=query.limit, types=types)
+        content = self._events(pages, query.session_id, since)
+        headers = {
+            "cache-control": "no-store, no-transform",
+            "x-accel-buffering": "no",  # to nginx and those who do as it does
+        }
+        response = await begun(content, "text/event-stream")
+        response.headers.update(headers)
+        return response
+
+    async def _events(
+        self, pages: AsyncGenerator[EventPage, None], session_id: int, since: int
+    ) -> AsyncGenerator[bytes, None]:
+        told, was_caught_up, prefix = since, False, _RETRY
+        with self._counted(session_id):
+            try:
+                async with aclosing(pages):
+                    while (page := await self._next(pages)) is not None:
+                        parts = [prefix, *map(_event, page.events)]
+                        prefix = b""
+                        if page.events:
+                            told = page.events[-1].server_seq
+                        if page.through_server_seq > told:
+                            # A filter let nothing through: a client that comes again need not begin before this.
+                            told = page.through_server_seq
+                            parts.append(b"id: %d\n" % told)
+                        if page.is_caught_up and not was_caught_up:
+                            parts.append(b'event: caught-up\ndata: {"headServerSeq": %d}\n\n' % page.head_server_seq)
+                        elif not page.events:
+                            parts.append(b": heartbeat\n\n")
+                        was_caught_up = page.is_caught_up
+                        yield b"".join(parts)
+            except (Unavailable, Overloaded):
+                # A browser never comes again after a 503 or a 429.
+                yield _RETRY
+                return
+        if prefix:
+            yield prefix
+
+    async def _next(self, pages: AsyncGenerator[EventPage, None]) -> EventPage | None:
+        """Return the next page; None at the end, or when this gateway is stopping."""
+        if self._closed:
+            return None
+        try:
+            async with asyncio.timeout(None) as ending:
+                self._ending.add(ending)
+                return await anext(pages, None)
+        except TimeoutError:
+            return None
+        finally:
+            self._ending.discard(ending)
+
+    @contextmanager
+    def _counted(self, session_id: int) -> Iterator[None]:
+        self.count[session_id] += 1
+        try:
+            yield
+        finally:
+            self.count[session_id] -= 1
+            if not self.count[session_id]:
+                del self.count[session_id]
+
+
+def _event(event: Event) -> bytes:
+    return b"id: %d\ndata: %b\n\n" % (event.server_seq, _encode(event_form(event)))
