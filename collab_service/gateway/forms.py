@@ -1,5 +1,6 @@
 """What requests bring, as types: they decode and validate requests, and the OpenAPI document is generated from them."""
 
+from functools import cache
 from typing import Annotated
 
 import msgspec
@@ -131,6 +132,7 @@ WHAT_IS_RIGHT = {
 """By field; every other is a string that is not empty."""
 
 
+@cache
 def fields_of(form: type[Struct]) -> dict[str, msgspec.structs.FieldInfo]:
     """Return the fields of a form by the names that requests use."""
     return {field.encode_name: field for field in msgspec.structs.fields(form)}

@@ -65,6 +65,7 @@ class GatewayServer:
                 http="httptools",
                 ws="none",
                 server_header=False,
+                proxy_headers=False,  # nothing here depends on who calls
                 timeout_keep_alive=_KEEP_ALIVE,
             )
         )

@@ -102,7 +102,7 @@ def paused_follower(address: str, session: int, pid: int, *, seconds: int) -> tu
     return rate, grown
 
 
-async def _at_rate(call: Callable[[], Awaitable[object]], rate: int, count: int) -> None:
+async def at_rate(call: Callable[[], Awaitable[object]], rate: int, count: int) -> None:
     """Make calls at times that do not depend on when they are answered."""
     started = time.monotonic()
     async with asyncio.TaskGroup() as calls:
@@ -124,7 +124,7 @@ async def _append(address: str, session: int, rate: int, count: int) -> None:
             event = pb.NewEvent(actor_id="ada", type="edit", json=PAYLOAD, client_seq=time.monotonic_ns())
             return stub.AppendEvent(pb.AppendEventRequest(session_id=session, event=event), timeout=_PATIENCE)
 
-        await _at_rate(append, rate, count)
+        await at_rate(append, rate, count)
 
 
 async def _echo_delays(address: str, rate: int, count: int) -> Delays:
@@ -137,7 +137,7 @@ async def _echo_delays(address: str, rate: int, count: int) -> Delays:
             await send(PAYLOAD.encode())
             delays.append((time.monotonic_ns() - started) / 1e6)
 
-        await _at_rate(call, rate, count)
+        await at_rate(call, rate, count)
     return _percentiles(delays[_WARM_UP:])
 
 

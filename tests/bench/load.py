@@ -68,12 +68,16 @@ def _h2load(address: str, request: bytes, seconds: int, writers: int) -> float:
         body.write(b"\0" + struct.pack(">I", len(request)) + request)
         body.flush()
         connections = min(_CONNECTIONS, writers)
-        command = [
-            "h2load", f"--clients={connections}", f"--max-concurrent-streams={writers // connections}",
-            f"--duration={seconds}", f"--data={body.name}", "--header=content-type: application/grpc",
-            "--header=te: trailers", f"http://{address}{_PATH}",
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=True)
+        return h2load(
+            f"--clients={connections}", f"--max-concurrent-streams={writers // connections}", f"--duration={seconds}",
+            f"--data={body.name}", "--header=content-type: application/grpc", "--header=te: trailers",
+            f"http://{address}{_PATH}", seconds=seconds,
+        )  # fmt: skip
+
+
+def h2load(*arguments: str, seconds: int) -> float:
+    """Run h2load and return the requests per second, all of which have to be answered with success."""
+    result = subprocess.run(["h2load", *arguments], capture_output=True, text=True, timeout=seconds + 60, check=True)
     done = re.search(r"finished in [\d.]+s, ([\d.]+) req/s", result.stdout)
     codes = re.search(r"status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx", result.stdout)
     if done is None or codes is None or any(int(count) for count in codes.groups()[1:]):
