@@ -8,13 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-_PAGES = {
-    "/": ("inspector.html", "text/html"),
-    "/inspector.js": ("inspector.js", "text/javascript"),
-    "/docs": ("docs.html", "text/html"),
-    "/docs.js": ("docs.js", "text/javascript"),
-    "/pages.css": ("pages.css", "text/css"),
-}
+_PAGES = {"inspector.html": "/", "docs.html": "/docs"}
+"""Their paths; what belongs to them is below `/static/`."""
+_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -26,8 +22,10 @@ _HEADERS = {
 
 def page_routes() -> Iterator[Route]:
     """Yield a route for each page and what belongs to it."""
-    for path, (name, media_type) in _PAGES.items():
-        yield _route(path, files(__package__).joinpath("static", name).read_bytes(), media_type)
+    for file in files(__package__).joinpath("static").iterdir():
+        media_type = _MEDIA_TYPES.get(file.name.rpartition(".")[2])
+        if media_type is not None:
+            yield _route(_PAGES.get(file.name, f"/static/{file.name}"), file.read_bytes(), media_type)
 
 
 def _route(path: str, content: bytes, media_type: str) -> Route:
