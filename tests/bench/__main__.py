@@ -19,8 +19,8 @@ from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
-from tests.bench import live, load
-from tests.processes import ServeProcess
+from tests.bench import live, load, web
+from tests.processes import GatewayProcess, ServeProcess
 
 REPEATS = 3
 UNARY_FLOOR = 5.0
@@ -36,13 +36,16 @@ MANY_P99_FLOOR = 20.0
 IDLE, IDLE_CONNECTIONS = 2_000, 20
 IDLE_KB_FLOOR = 35.0
 PAUSED_MB_FLOOR = 20
+WEB_FLOOR = 0.5
+WEB_EVENTS = 200_000
 
 
 class Bench:
     """Servers on one database, and what was found below its floor."""
 
-    def __init__(self, cluster: Cluster, servers: list[ServeProcess]) -> None:
+    def __init__(self, cluster: Cluster, servers: list[ServeProcess], directory: Path) -> None:
         self.cluster = cluster
+        self.directory = directory
         self.server = servers[0]
         self.address = self.server.grpc_address
         self.all_addresses = [server.grpc_address for server in servers]
@@ -52,6 +55,14 @@ class Bench:
         """Create a session."""
         with grpc.insecure_channel(self.address) as channel:
             return CollabServiceStub(channel).CreateSession(pb.CreateSessionRequest()).session.id
+
+    def fill(self, session: int, count: int) -> None:
+        """Append so many thousand events to a session."""
+        batch = [pb.NewEvent(actor_id="ada", type="edit", json=load.PAYLOAD)] * 1000
+        with grpc.insecure_channel(self.address) as channel:
+            stub = CollabServiceStub(channel)
+            for _ in range(count // 1000):
+                stub.AppendEvents(pb.AppendEventsRequest(session_id=session, events=batch))
 
     def tell(self, what: str, figure: str, floor: str, holds: bool) -> None:
         """Print a figure beside its floor."""
@@ -85,11 +96,7 @@ class Bench:
         """A million events read back, and the server's memory meanwhile."""
         print(f"\n{EVENTS:,} events read back with ListEvents:")
         session = self.new_session()
-        batch = [pb.NewEvent(actor_id="ada", type="edit", json=load.PAYLOAD)] * 1000
-        with grpc.insecure_channel(self.address) as channel:
-            stub = CollabServiceStub(channel)
-            for _ in range(EVENTS // 1000):
-                stub.AppendEvents(pb.AppendEventsRequest(session_id=session, events=batch))
+        self.fill(session, EVENTS)
         count, seconds, grown = load.read_all(self.address, session, self.server.process.pid)
         print(f"  {'events per second, decoded by a Python client':<58} {count / seconds:>14,.0f}/s")
         whole = count == EVENTS
@@ -153,6 +160,28 @@ class Bench:
             grown <= PAUSED_MB_FLOOR * 1024,
         )  # fmt: skip
 
+    def web(self) -> None:
+        """The JSON gateway as a process of its own, beside the same through gRPC."""
+        print(f"\nThrough a gateway of its own, {web.CONNECTIONS} connections, medians of {REPEATS} runs in turn:")
+        grpc_rates, http_rates, delays = [], [], []
+        with GatewayProcess(self.address, cwd=self.directory) as gateway:
+            address = gateway.http_address
+            web.append_rate(address, self.new_session(), 3)  # warm
+            for _ in range(REPEATS):
+                grpc_rates.append(load.append_rate([self.address], self.new_session(), 8))
+                http_rates.append(web.append_rate(address, self.new_session(), 8))
+                delays.append(web.delivery(address, self.new_session(), rate=RATE, seconds=5))
+            session = self.new_session()
+            self.fill(session, WEB_EVENTS)
+            listed = statistics.median(web.listing_rate(address, session, WEB_EVENTS) for _ in range(REPEATS))
+        for what, rates in (("AppendEvent over gRPC", grpc_rates), ("POST /api/collab/events", http_rates)):
+            print(f"  {what:<58} {statistics.median(rates):>14,.0f}/s   {spread(rates)}")
+        ratio = statistics.median(http_rates) / statistics.median(grpc_rates)
+        self.tell("HTTP / gRPC", f"{ratio:.2f}", f">= {WEB_FLOOR}", ratio >= WEB_FLOOR)
+        print(f"  {f'GET {WEB_EVENTS:,} events as lines of JSON':<58} {listed:>14,.0f}/s")
+        p50, p99 = (statistics.median(values) for values in zip(*delays, strict=True))
+        print(f"  {f'from POST to server-sent event, {RATE} events/s, p50 / p99':<58} {in_ms(p50, p99):>16}")
+
 
 def in_ms(p50: float, p99: float) -> str:
     """Return two delays as text."""
@@ -179,7 +208,7 @@ def running() -> Iterator[Bench]:
         schema.migrate(cluster.url)
         with ExitStack() as stack:
             servers = [ServeProcess("--database-url", cluster.url, cwd=directory) for _ in range(os.cpu_count() or 1)]
-            yield Bench(cluster, [stack.enter_context(server) for server in servers])
+            yield Bench(cluster, [stack.enter_context(server) for server in servers], directory)
     finally:
         cluster.stop()
         data.release()
@@ -189,7 +218,9 @@ def running() -> Iterator[Bench]:
 def main() -> int:
     """Run the benchmarks; return 1 when one is below its floor."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("only", nargs="*", choices=["unary", "reading", "old_snapshot", "live", []], help="which ones")
+    parser.add_argument(
+        "only", nargs="*", choices=["unary", "reading", "old_snapshot", "live", "web", []], help="which ones"
+    )
     chosen = parser.parse_args().only
     version = subprocess.run(["uname", "-sm"], capture_output=True, text=True, check=False).stdout.strip()
     print(f"{os.cpu_count()} cores, {version}, Python {sys.version.split()[0]}; load by {load.load_generator()}\n")
@@ -199,6 +230,7 @@ def main() -> int:
             "reading": bench.reading,
             "old_snapshot": bench.old_snapshot,
             "live": bench.live,
+            "web": bench.web,
         }
         for name, run in every.items():
             if not chosen or name in chosen:
