@@ -1,11 +1,13 @@
 """`collab append`: one event, or everything that comes through a pipe."""
 
 import asyncio
+import os
+import re
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +18,8 @@ from collab_service.cli.connection import SessionName, Target, connected, find_s
 from collab_service.cli.failure import CommandError, ExitStatus, status_of
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
-from collab_service.client import DEFAULT_TARGET, CollabClient, NewEvent, ServiceError
+from collab_service.client import DEFAULT_TARGET, CollabClient, InvalidRequest, NewEvent, ServiceError
 from collab_service.client.json_form import event_form
-from collab_service.model.limits import MAX_INT64
 from collab_service.model.payload import json_object_problem
 
 _BATCH_BYTES = 2 * 1024 * 1024
@@ -26,12 +27,19 @@ _LINE_BYTES = 64 * 1024 * 1024
 """A longer line is no event: the service takes payloads of 1 MiB, unless configured."""
 _AHEAD_BYTES = 8 * 1024 * 1024
 """How much is read while a batch is being appended."""
+_LINE_OVERHEAD = 64
+"""Bytes that a line takes in memory besides its own."""
+_CHUNK_BYTES = 64 * 1024
+_LAST_WAIT = 5.0
+"""Seconds after Ctrl-C in which an append that is on its way may still be answered."""
+_SPACE = " \t\r"
+"""What JSON allows around an object in its line."""
 
 
 def append(
     session: SessionName,
     source: Annotated[
-        str | None, typer.Argument(metavar="[-]", help="`-` appends each line of standard input, a JSON object.")
+        str | None, typer.Argument(metavar="-", help="Append each line of standard input, a JSON object.")
     ] = None,
     json: Annotated[str | None, typer.Option("--json", metavar="TEXT", help="The payload: one JSON object.")] = None,
     file: Annotated[
@@ -40,25 +48,25 @@ def append(
     binary: Annotated[bool, typer.Option("--binary", help="The file is bytes and no JSON object.")] = False,
     actor: Annotated[str | None, typer.Option(metavar="USER", help="Who did it.")] = None,
     type_: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="What kind of event it is.")] = None,
-    client_seq: Annotated[
-        int | None, typer.Option(min=0, max=MAX_INT64, metavar="N", help="The author's own counter.")
-    ] = None,
+    client_seq: Annotated[int | None, typer.Option(min=0, metavar="N", help="The author's own counter.")] = None,
     key: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="The idempotency key: the same event again is not stored again."),
     ] = None,
     expect: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_INT64, metavar="N", help="Only if N is the session's last number; 0: none yet."),
+        typer.Option(min=0, metavar="N", help="Only if N is the session's last number; 0: none yet."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=1000, help="Lines of a pipe in one append, at most.")] = 1000,
+    batch: Annotated[
+        int, typer.Option(min=1, max=1000, metavar="N", help="Lines of a pipe in one append, at most.")
+    ] = 1000,
     target: Target = DEFAULT_TARGET,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Append one event to a session, or one for each line of a pipe.
 
-    Lines are appended as they come, in batches while there are many. When a line is no JSON object, or the service
-    fails, what came before it is stored, nothing after it is, and a sentence says which line it was.
+    Lines are appended as they come, in batches while there are many; blank ones are skipped. When a line is no event,
+    or the service fails, what came before it is stored, nothing after it is, and a sentence says which line it was.
 
     Examples:
 
@@ -79,6 +87,8 @@ def append(
         raise CommandError("--binary goes with --file", ExitStatus.USAGE)
     if source is not None and (key is not None or client_seq is not None or expect is not None):
         raise CommandError("--key, --client-seq and --expect are for one event, not for a pipe", ExitStatus.USAGE)
+    if source is not None and sys.stdin is None:
+        raise CommandError("standard input is closed, and there is nothing to read from")
 
     async def work() -> None:
         async with connected(target) as client:
@@ -124,12 +134,17 @@ class _Pipe:
         self._events = 0
         self._first = 0
         self._last = 0
+        self._is_in_doubt = False
+        """Whether an append was left on its way."""
 
     async def append(self, batch: int) -> None:
         """Append everything that comes, in batches of so many lines at most."""
         started = time.perf_counter()
+        typed = sys.stdin.isatty()  # then a bar would get between the lines
+        if typed and self._output is Output.TEXT:
+            print("One JSON object a line; Ctrl-D ends.", file=sys.stderr)
         try:
-            with progress(self._output) as bar:
+            with progress(self._output, hidden=typed) as bar:
                 task = bar.add_task("append", total=None)
                 async for lines in _Input(batch).batches():
                     await self._append(lines)
@@ -150,59 +165,94 @@ class _Pipe:
             say(f"Appended {told} to session {self._session_id}; its last number is {self._last}" if self._events
                 else "There was nothing to append")  # fmt: skip
 
-    async def _append(self, lines: list[bytes]) -> None:
+    async def _append(self, lines: Sequence[bytes]) -> None:
         """Append a batch: up to the first line that is no JSON object, and then say which that is."""
-        events: list[NewEvent] = []
-        problem, done = None, 0
+        events: list[tuple[int, NewEvent]] = []
+        problem, number = None, self._lines
         for line in lines:
             text, problem = _json_object(line)
             if problem is not None:
                 break
+            number += 1
             if text:
-                events.append(NewEvent(text, actor_id=self._actor, type=self._type))
-            done += 1
-        if events:
-            await self._store(events)
-        self._lines += done
+                events.append((number, NewEvent(text, actor_id=self._actor, type=self._type)))
+        await self._store(events, number)
         if problem is not None:
-            raise CommandError(f"line {self._lines + 1:,} {problem}")
+            raise CommandError(f"line {number + 1:,} {problem}")
 
-    async def _store(self, events: list[NewEvent]) -> None:
-        storing = asyncio.ensure_future(self._client.append_batch(self._session_id, events))
+    async def _store(self, events: Sequence[tuple[int, NewEvent]], through: int) -> None:
+        """Append events, each with the number of its line; then all lines up to `through` are done with."""
+        if not events:
+            self._lines = through
+            return
+        appending = self._client.append_batch(self._session_id, [event for _, event in events])
+        storing = asyncio.create_task(appending, name="append")
         try:
             await asyncio.shield(storing)
+        except InvalidRequest as error:  # nothing of the batch is stored, but what comes before the bad one can be
+            place, problem = _refusal(error, len(events))
+            if place is None:
+                raise
+            number, _ = events[place]
+            await self._store(events[:place], number - 1)
+            raise CommandError(f"line {number:,}{problem}", status_of(error)) from error
         finally:  # on Ctrl-C, too, so that it can be said what is stored
-            stored = await storing
-            self._events += len(events)
-            self._first = self._first or stored.first_server_seq
-            self._last = stored.last_server_seq
+            await asyncio.wait((storing,), timeout=_LAST_WAIT)
+            if not storing.done():
+                self._is_in_doubt = True
+                storing.cancel()
+            elif (failure := storing.exception()) is not None:
+                self._is_in_doubt = isinstance(failure, ServiceError) and failure.side_effects == "unknown"
+            else:
+                stored = storing.result()
+                self._events += len(events)
+                self._first = self._first or stored.first_server_seq
+                self._last = stored.last_server_seq
+                self._lines = through
 
     def _cut_short(self, error: BaseException) -> CommandError:
-        """Return the error that says what went wrong, and how much is stored."""
-        stored = f"the {self._events:,} events before are stored" if self._events else "nothing was stored"
-        go_on = f"go on with line {self._lines + 1:,}: tail -n +{self._lines + 1} …" if self._lines else "try again"
+        """Return the error that says what went wrong, how much is stored, and how to go on."""
+        stored = f"the {self._events:,} events before are stored" if self._events > 1 else "the event before is stored"
+        if not self._events:
+            stored = "nothing was stored"
+        go_on = "try again"
+        if self._lines:
+            n = self._lines + 1
+            go_on = f"go on with line {n:,}: tail -n +{n} FILE | collab append {self._session_id} -"
         match error:
             case CommandError():
-                return CommandError(f"{error}; {stored}, nothing after it is", error.status)
-            case ServiceError(side_effects="unknown"):
-                return CommandError(
-                    f"{error}; {stored}, and some of the next may be: look with collab list "
-                    f"{self._session_id} --since {self._last}",
-                    ExitStatus.UNAVAILABLE,
-                )
+                return CommandError(f"{error}; {stored}; correct it and {go_on}", error.status)
             case ServiceError():
-                status = status_of(error)
-                return CommandError(f"{error}; {stored}; {go_on}", status)
-        return CommandError(f"interrupted; {stored}; {go_on}", ExitStatus.INTERRUPTED)
+                what, status = str(error), status_of(error)
+                in_doubt = error.side_effects == "unknown"
+            case _:
+                what, status, in_doubt = "interrupted", ExitStatus.INTERRUPTED, self._is_in_doubt
+        if in_doubt:
+            look = f"look with: collab list {self._session_id} --since {self._last}"
+            return CommandError(f"{what}; {stored}, and some of the next may be: {look}", status)
+        return CommandError(f"{what}; {stored}; {go_on}", status)
 
 
 def _json_object(line: bytes) -> tuple[str, str | None]:
     """Return the text of a line, and what keeps it from being a JSON object; a blank line has no text."""
     try:
-        text = line.decode().strip()
+        text = line.decode().strip(_SPACE)
     except UnicodeDecodeError:
         return "", "is not UTF-8"
     return text, json_object_problem(text) if text else None
+
+
+def _refusal(error: InvalidRequest, count: int) -> tuple[int | None, str]:
+    """Return the first event of a batch that the service refuses, and why; None when it is the batch as a whole."""
+    problems: dict[int, list[str]] = {}
+    for violation in error.violations:
+        if found := re.fullmatch(r"events\[(\d+)\]\.(\w+)", violation.field):
+            what = f" {violation.message}" if found[2] == "json" else f": {found[2]} {violation.message}"
+            problems.setdefault(int(found[1]), []).append(what)
+    if problems:
+        place = min(problems)
+        return place, ";".join(problems[place])
+    return 0 if count == 1 else None, f" is refused: {error}"
 
 
 class _Input:
@@ -226,6 +276,7 @@ class _Input:
             lines = self._take()
             if lines:
                 yield lines
+                await asyncio.sleep(0)  # so that blank lines without end can be interrupted
             elif self._error is not None:
                 raise self._error
             elif self._ended:
@@ -243,7 +294,7 @@ class _Input:
                 if lines and size > _BATCH_BYTES:
                     break
                 lines.append(self._lines.popleft())
-                self._bytes -= len(lines[-1])
+                self._bytes -= len(lines[-1]) + _LINE_OVERHEAD
             self._room.notify()
             return lines
 
@@ -251,16 +302,14 @@ class _Input:
         """Read to the end, as far ahead as there is room."""
         error = None
         try:
-            while line := sys.stdin.buffer.readline(_LINE_BYTES):
-                if len(line) == _LINE_BYTES:
-                    error = CommandError(f"a line is longer than {_LINE_BYTES:,} bytes")
-                    break
+            for lines in _chunks_of_lines():
                 with self._room:
                     self._room.wait_for(lambda: self._bytes < _AHEAD_BYTES)
-                    self._lines.append(line)
-                    self._bytes += len(line)
-                    if len(self._lines) == 1:
-                        self._wake()
+                    self._lines += lines
+                    self._bytes += sum(len(line) + _LINE_OVERHEAD for line in lines)
+                    self._wake()
+        except CommandError as reason:
+            error = reason
         except OSError as reason:
             error = CommandError(f"cannot read standard input: {reason.strerror}")
         with self._room:
@@ -270,3 +319,25 @@ class _Input:
     def _wake(self) -> None:
         with suppress(RuntimeError):  # the command has ended meanwhile
             self._loop.call_soon_threadsafe(self._changed.set)
+
+
+def _chunks_of_lines() -> Iterator[list[bytes]]:
+    """Yield the lines of standard input as they come.
+
+    Not through `sys.stdin.buffer`: a thread that waits in it holds its lock, and Python aborts when it ends meanwhile.
+    """
+    file = sys.stdin.fileno()
+    number = 1
+    begun = bytearray()
+    while chunk := os.read(file, _CHUNK_BYTES):
+        *lines, rest = chunk.split(b"\n")
+        if lines:
+            lines[0] = bytes(begun + lines[0])
+            begun.clear()
+            yield lines
+            number += len(lines)
+        begun += rest
+        if len(begun) > _LINE_BYTES:
+            raise CommandError(f"line {number:,} is longer than {_LINE_BYTES:,} bytes")
+    if begun:
+        yield [bytes(begun)]

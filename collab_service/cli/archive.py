@@ -21,9 +21,12 @@ from msgspec import UNSET, Struct, UnsetType
 from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.client import BrokenLog, Event, LogCheck, Session
 from collab_service.client.json_form import EventForm, SessionForm, event_form, one_line, session_form
+from collab_service.model.limits import MAX_INT64
 
 FORMAT = "collab-session"
 VERSION = 1
+HEADER_BYTES = 64 * 1024
+"""The first line is shorter than this, whatever room and owner are called."""
 
 
 class _Header(Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -48,12 +51,19 @@ class _EndLine(Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
 _decode_header = msgspec.json.Decoder(_Header).decode
 _decode_event = msgspec.json.Decoder(_EventLine).decode
 _decode_end = msgspec.json.Decoder(_EndLine).decode
+_HEADER_START = b'{"format":"collab-session",'
 _END = b'{"end":'
+_GZIP = b"\x1f\x8b"
 
 
 def header_line(session: Session) -> bytes:
     """Return the first line."""
     return msgspec.json.encode(_Header(FORMAT, VERSION, session_form(session))) + b"\n"
+
+
+def is_begun_header(line: bytes) -> bool:
+    """Tell whether a first line is the beginning of a header, or of nothing, and was cut off."""
+    return not line.endswith(b"\n") and (line.startswith(_HEADER_START) or _HEADER_START.startswith(line))
 
 
 def event_line(event: Event) -> bytes:
@@ -83,21 +93,22 @@ class Archive:
         self._path = path
         self._file = file
         self._line = 1
-        line = file.readline()
+        line = file.readline(HEADER_BYTES)
         try:
             header = _decode_header(line)
-            if header.format != FORMAT:
+            if not line.endswith(b"\n") or header.format != FORMAT or not 1 <= header.session.id <= MAX_INT64:
                 raise ValueError
-        except ValueError as error:
-            raise CommandError(
-                f"{path} is no session that `collab export` wrote: its first line is no header"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            why = "it is compressed, so gunzip it first" if line.startswith(_GZIP) else "its first line is no header"
+            raise CommandError(f"{path} is no session that `collab export` wrote: {why}") from error
         if header.version != VERSION:
-            raise CommandError(f"{path} was written by a newer version, which has to read it, too: {header.version}")
+            raise CommandError(
+                f"{path} has version {header.version} of the format, and this collab reads version {VERSION}"
+            )
         self.session = header.session
         self.check = LogCheck(self.session.id)
         self.size = len(line)
-        """Bytes that were read so far: whole lines, all of them in order."""
+        """Bytes of the header and the events that were read so far: whole lines, all of them in order."""
         self.is_whole = False
         """Whether the end has been read."""
 
@@ -137,14 +148,15 @@ class Archive:
                 raise BrokenLog(f"it ends with event {self.check.last_server_seq:,}, and not as its last line says")
             if self._file.read(1):
                 raise BrokenLog("there is more after the last line")
-        self.size += len(line)
+            if end.events < self.session.last_server_seq:
+                raise BrokenLog(f"its first line speaks of {self.session.last_server_seq:,} events")
         self.is_whole = True
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, BrokenLog) as error:
+        except (ValueError, RecursionError, BrokenLog) as error:
             raise CommandError(
                 f"{self._path} is damaged in line {self._line:,}: {error}", ExitStatus.CHECK_FAILED
             ) from error
@@ -165,12 +177,14 @@ def open_archive(path: Path) -> Iterator[Archive]:
 
 
 def _event_of(line: _EventLine) -> Event:
-    if line.payload_text is not UNSET:
-        payload: str | bytes = line.payload_text
+    if line.payload_base64 is not UNSET:
+        payload: str | bytes = _bytes(line.payload_base64)
+        if line.payload_text is not UNSET or bytes(line.payload) != b"null":
+            raise ValueError("a payload is either JSON or binary")
+    elif line.payload_text is not UNSET:
+        payload = line.payload_text
         if one_line(line.payload_text).strip().encode() != bytes(line.payload):
             raise ValueError("payload and payloadText differ")
-    elif line.payload_base64 is not UNSET:
-        payload = _bytes(line.payload_base64)
     else:
         payload = bytes(line.payload).decode()
     return Event(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from collab_service.cli.failure import CommandError, ExitStatus
-from collab_service.client import CollabClient, ServiceError, Session, Unavailable
+from collab_service.client import CollabClient, DeadlineExceeded, ServiceError, Session, SessionNotFound, Unavailable
 
 Target = Annotated[
     str,
@@ -29,12 +29,15 @@ async def connected(target: str) -> AsyncIterator[CollabClient]:
         CommandError: There is none.
     """
     host, colon, port = target.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
-        raise CommandError(f"--target {target} is no address; it looks like 127.0.0.1:50051", ExitStatus.USAGE)
+    is_port = port.isascii() and port.isdigit() and 0 < int(port) < 65_536
+    if not (host and colon and is_port) or host.startswith(("http:", "https:")):
+        raise CommandError(
+            f"--target '{target}' is no address of a service; that looks like 127.0.0.1:50051", ExitStatus.USAGE
+        )
     async with CollabClient(target) as client:
         try:
             serving = await client.is_serving()
-        except Unavailable as error:
+        except (Unavailable, DeadlineExceeded) as error:
             raise CommandError(
                 f"nothing that speaks gRPC answers at {target} ({_cause(error)}); is that the service's gRPC address? "
                 "Start one with: collab serve",
@@ -51,7 +54,9 @@ async def connected(target: str) -> AsyncIterator[CollabClient]:
         yield client
 
 
-def _cause(error: Unavailable) -> str:
+def _cause(error: ServiceError) -> str:
+    if isinstance(error, DeadlineExceeded):
+        return "there is no answer in time"
     return str(error).removeprefix("the service does not answer: ")
 
 
@@ -59,8 +64,21 @@ async def find_session(client: CollabClient, name: str) -> Session:
     """Return the session of this number, or with this room.
 
     Raises:
-        SessionNotFound: There is none.
+        SessionNotFound: There is none of this number.
+        CommandError: There is none with this room.
     """
-    if name.isascii() and name.isdigit():
+    if is_number(name):
         return await client.get_session(int(name))
-    return await client.get_session(room=name.removeprefix("room:"))
+    room = name.removeprefix("room:")
+    try:
+        return await client.get_session(room=room)
+    except SessionNotFound as error:
+        raise CommandError(
+            f"there is no session with the room '{room}'; see those there are with: collab session list",
+            ExitStatus.NOT_FOUND,
+        ) from error
+
+
+def is_number(name: str) -> bool:
+    """Tell whether somebody means a session by its number."""
+    return name.isascii() and name.isdigit()

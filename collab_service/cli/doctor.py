@@ -1,8 +1,8 @@
 """`collab doctor`: is the service there, is it well, and if not, what is wrong and what to do."""
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -52,24 +52,34 @@ def doctor(
             mark = Text("ok  ", "green") if ok else Text("BAD ", "bold red")
             Console(highlight=False, soft_wrap=True).print(Text.assemble(mark, f" {check:<9} ", printable(message)))
 
+    @contextmanager
+    def checking(check: str) -> Iterator[None]:
+        nonlocal status
+        try:
+            yield
+        except (_Unwell, ServiceError, BrokenLog) as error:
+            status = ExitStatus.CHECK_FAILED
+            tell(check, False, str(error))
+
     async def work() -> None:
         nonlocal status
         try:
             started = time.perf_counter()
             async with connected(target) as client:
                 tell("reachable", True, f"{target} answers in {_ms(time.perf_counter() - started)}, and is healthy")
-                checks = [("reading", _reading(client))]
-                if not read_only:
-                    checks.append(("writing", _writing(client)))
-                for name, check in checks:
-                    try:
-                        async for message in check:
-                            tell(name, True, message)
-                    except (_Unwell, ServiceError, BrokenLog) as error:
-                        status = ExitStatus.CHECK_FAILED
-                        tell(name, False, str(error))
+                with checking("reading"):
+                    tell("reading", True, await _reading(client))
+                if read_only:
+                    return
+                with checking("writing"):
+                    skew, message = await _writing(client)
+                    tell("writing", True, message)
+                    with checking("clock"):
+                        tell("clock", True, _clock(skew))
         except CommandError as error:
-            status = error.status
+            if error.status is ExitStatus.USAGE:
+                raise
+            status = ExitStatus.UNAVAILABLE if error.status is ExitStatus.UNAVAILABLE else ExitStatus.CHECK_FAILED
             tell("reachable", False, str(error))
 
     if database_url:
@@ -83,14 +93,15 @@ def doctor(
     raise typer.Exit(status)
 
 
-async def _reading(client: CollabClient) -> AsyncIterator[str]:
+async def _reading(client: CollabClient) -> str:
     started = time.perf_counter()
     page = await client.list_sessions_page(page_size=1)
     what = "there are sessions" if page.sessions else "there is no session yet"
-    yield f"sessions are listed in {_ms(time.perf_counter() - started)}; {what}"
+    return f"sessions are listed in {_ms(time.perf_counter() - started)}; {what}"
 
 
-async def _writing(client: CollabClient) -> AsyncIterator[str]:
+async def _writing(client: CollabClient) -> tuple[float, str]:
+    """Write, read back, delete; return by how many seconds two clocks differ at least, and what was seen."""
     before = datetime.now(UTC)
     session, _ = await client.create_session(owner_id="collab doctor")
     after = datetime.now(UTC)
@@ -101,28 +112,32 @@ async def _writing(client: CollabClient) -> AsyncIterator[str]:
             await client.append(session.id, NewEvent.of({"check": n}, type="doctor"))
             durations.append(time.perf_counter() - started)
         check = LogCheck(session.id)
-        async for event in client.read(session.id):
-            check.add(event)
+        async with aclosing(client.read(session.id)) as events:
+            async for event in events:
+                check.add(event)
         if check.last_server_seq != len(durations):
             raise _Unwell(f"{len(durations)} events were acknowledged and {check.last_server_seq} read back")
-        usual = sorted(durations)[len(durations) // 2]
-        if usual > _SLOW:
-            raise _Unwell(
-                f"an append takes {_ms(usual)}; look at the disk and the load of the database's machine, and at the "
-                "network between"
-            )
-        yield f"an append is durable in {_ms(usual)}; {len(durations)} were read back, and their chain holds"
     finally:
         with suppress(ServiceError):
             await client.delete_session(session.id)
+    usual = sorted(durations)[len(durations) // 2]
+    if usual > _SLOW:
+        raise _Unwell(
+            f"an append takes {_ms(usual)}; look at the disk and the load of the database's machine, and at the "
+            "network between"
+        )
     # The service's clock was read at some moment between the two.
     skew = max((before - session.created_at).total_seconds(), (session.created_at - after).total_seconds(), 0.0)
+    return skew, f"an append is durable in {_ms(usual)}; {len(durations)} were read back, and their chain holds"
+
+
+def _clock(skew: float) -> str:
     if skew > _SKEW:
         raise _Unwell(
             f"the service's clock and this machine's differ by {skew:,.1f} s; events carry the service's, so set the "
             "one that is wrong (NTP)"
         )
-    yield "the service's clock and this machine's agree"
+    return "the service's clock and this machine's agree"
 
 
 def _database_problem(url: str) -> str | None:

@@ -1,6 +1,7 @@
 """`collab export`: a session into a file."""
 
 import asyncio
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from typing import Annotated, BinaryIO
 
 import typer
 
-from collab_service.cli.archive import end_line, event_line, header_line, open_archive
+from collab_service.cli.archive import HEADER_BYTES, end_line, event_line, header_line, is_begun_header, open_archive
 from collab_service.cli.connection import SessionName, Target, connected, find_session
 from collab_service.cli.failure import CommandError, ExitStatus, status_of
 from collab_service.cli.loop import run
-from collab_service.cli.output import progress
-from collab_service.client import DEFAULT_TARGET, CollabClient, LogCheck, ServiceError, Session
+from collab_service.cli.output import events_in_words, progress
+from collab_service.client import DEFAULT_TARGET, BrokenLog, CollabClient, LogCheck, ServiceError, Session
+from collab_service.client.json_form import iso_time
 
 
 def export(
@@ -23,7 +25,7 @@ def export(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="Where to write; standard output when it is not given.", show_default=False
+            metavar="FILE", help="Where to write; standard output when it is not given.", show_default=False
         ),
     ] = None,
     target: Target = DEFAULT_TARGET,
@@ -46,8 +48,8 @@ def export(
             found = await find_session(client, session)
             with _standard_output(found) if file is None else _file(file, found) as (check, out):
                 await _write_events(client, found, check, out)
-        told = f"Exported session {found.id}: {check.last_server_seq:,} events, chain {check.chain_hash.hex()}"
-        print(told, file=sys.stderr)
+        count = events_in_words(check.last_server_seq)
+        print(f"Exported session {found.id}: {count}, chain {check.chain_hash.hex()}", file=sys.stderr)
 
     run(work())
 
@@ -63,52 +65,63 @@ def _standard_output(session: Session) -> Iterator[tuple[LogCheck, BinaryIO]]:
 @contextmanager
 def _file(file: Path, session: Session) -> Iterator[tuple[LogCheck, BinaryIO]]:
     """Provide FILE.partial to write into, and how far it has come; give it its name at the end."""
-    if file.exists():
-        raise CommandError(f"{file} is there already; remove it, or choose another name")
     partial = file.with_name(file.name + ".partial")
+    check = LogCheck(session.id)
     try:
-        check, size = _begun(partial, session)
-        with partial.open("r+b" if size else "wb") as out:
-            out.seek(size)
-            out.truncate()
+        _refuse_to_replace(file)
+        with partial.open("ab") as out:
+            _lock(out, partial)
+            _refuse_to_replace(file)  # another export may just have ended
+            check, size = _begun(partial, session)
+            out.truncate(size)
             if not size:
                 out.write(header_line(session))
-            try:
-                yield check, out
-            except (asyncio.CancelledError, ServiceError) as error:
-                status = ExitStatus.INTERRUPTED
-                if isinstance(error, ServiceError):
-                    status = status_of(error)
-                raise CommandError(
-                    f"{str(error) or 'interrupted'}; {partial} holds {check.last_server_seq:,} events, and the same "
-                    "command again goes on from there",
-                    status,
-                ) from error
+            yield check, out
             out.flush()
             os.fsync(out.fileno())
         partial.rename(file)
+    except (asyncio.CancelledError, ServiceError) as error:
+        status = status_of(error) if isinstance(error, ServiceError) else ExitStatus.INTERRUPTED
+        raise CommandError(f"{str(error) or 'interrupted'}; {_go_on(partial, check)}", status) from error
     except OSError as error:
-        raise CommandError(
-            f"cannot write {partial}: {error.strerror}; what was written is kept, and the same command again goes on "
-            "from there"
-        ) from error
+        raise CommandError(f"cannot write {partial}: {error.strerror}; {_go_on(partial, check)}") from error
+
+
+def _refuse_to_replace(file: Path) -> None:
+    if file.exists():
+        raise CommandError(f"{file} is there already; remove it, or choose another name")
+
+
+def _lock(out: BinaryIO, partial: Path) -> None:
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CommandError(f"another export is writing {partial}; wait for it, or choose another name") from error
+
+
+def _go_on(partial: Path, check: LogCheck) -> str:
+    if not check.last_server_seq:
+        return "nothing was exported"
+    return f"what {partial} holds is kept, and the same command again goes on from there"
 
 
 def _begun(partial: Path, session: Session) -> tuple[LogCheck, int]:
     """Return how far an earlier export has come, and the size of what it has written as it should."""
-    if not partial.exists() or not partial.stat().st_size:
-        return LogCheck(session.id), 0
+    with partial.open("rb") as file:
+        if is_begun_header(file.readline(HEADER_BYTES)):
+            return LogCheck(session.id), 0
     with open_archive(partial) as archive:
-        if archive.session.id != session.id:
-            raise CommandError(f"{partial} is of session {archive.session.id}; remove it, or choose another name")
+        if (archive.session.id, archive.session.created_at) != (session.id, iso_time(session.created_at)):
+            raise CommandError(
+                f"{partial} is of another session, {archive.session.id}; remove it, or choose another name"
+            )
         try:
             for _ in archive.events():
                 pass
         except CommandError as error:
             raise CommandError(f"{error}; remove it and export again", error.status) from error
         # Its last line, if there is one, is written anew: the session may have grown.
-        size = archive.size - (len(end_line(archive.check)) if archive.is_whole else 0)
-        return archive.check, size
+        return archive.check, archive.size
 
 
 async def _write_events(client: CollabClient, session: Session, check: LogCheck, out: BinaryIO) -> None:
@@ -125,4 +138,9 @@ async def _write_events(client: CollabClient, session: Session, check: LogCheck,
                         check.add(event)
                         out.write(event_line(event))
                     bar.update(task, completed=check.last_server_seq)
+    if (check.last_server_seq, check.chain_hash) != (session.last_server_seq, session.chain_hash):
+        raise BrokenLog(
+            f"the events of session {session.id} do not end in the chain that the service says they have; if they were "
+            "exported before it was restored, remove FILE.partial and export again"
+        )
     out.write(end_line(check))

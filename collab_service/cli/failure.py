@@ -12,6 +12,7 @@ from enum import IntEnum
 from rich.console import Console
 from rich.text import Text
 
+from collab_service.cli.output import printable
 from collab_service.client import (
     BrokenLog,
     DeadlineExceeded,
@@ -81,9 +82,10 @@ def _of_service(error: ServiceError) -> str:
         return f"{error}; see those there are with: collab session list"
     if isinstance(error, InternalError) and error.request_id:
         return f"the service failed: {error}"
+    text = "the service did not answer in time" if isinstance(error, DeadlineExceeded) else str(error)
     if error.side_effects == "unknown":
-        return f"{error}; whether it was written is not known, so look before you do it again"
-    return str(error)
+        return f"{text}; whether it was written is not known, so look before you do it again"
+    return text
 
 
 def status_of(error: ServiceError) -> ExitStatus:
@@ -100,7 +102,7 @@ def status_of(error: ServiceError) -> ExitStatus:
 
 def _say(sentence: str) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble(("collab: ", "bold red"), sentence))
+    console.print(Text.assemble(("collab: ", "bold red"), printable(sentence)))
 
 
 def _let_go_of_standard_output() -> None:

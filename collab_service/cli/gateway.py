@@ -43,9 +43,8 @@ def gateway(
         http_address=http_address,
         cors_origins=tuple(cors_origin or ()),
         max_body_bytes=max_body_bytes,
-        shutdown_grace=shutdown_grace,
     )
     with serving.server_errors(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         serving.check_reach("--http-address", http_address, allow_unauthenticated)
         configure_logs(log_format)
-        sys.exit(runner.run(process.run_gateway(config)))
+        sys.exit(runner.run(process.run_gateway(config, shutdown_grace)))

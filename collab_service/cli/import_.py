@@ -1,6 +1,7 @@
 """`collab import`: an exported session, written into a service again."""
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -13,7 +14,7 @@ from collab_service.cli.batches import batches
 from collab_service.cli.connection import Target, connected, find_session
 from collab_service.cli.failure import CommandError, ExitStatus, status_of
 from collab_service.cli.loop import run
-from collab_service.cli.output import Output, OutputOption, print_json, progress, say
+from collab_service.cli.output import Output, OutputOption, events_in_words, print_json, progress, say
 from collab_service.client import (
     DEFAULT_TARGET,
     CollabClient,
@@ -28,8 +29,8 @@ from collab_service.client.json_form import session_form
 
 _BATCH_EVENTS = 500
 _PAUSE = 0.5
-_PATIENCE = 60
-"""Pauses after which a service that stays away is given up."""
+_PATIENCE = 60.0
+"""Seconds after which a service that stays away is given up."""
 
 
 def import_session(
@@ -57,6 +58,8 @@ def import_session(
     """
     if sum((room is not None, no_room, into is not None)) > 1:
         raise CommandError("give one of --room, --no-room and --into at most", ExitStatus.USAGE)
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise CommandError(f"{file} is read twice, first to check it, so it must be a file and no pipe")
     with open_archive(file) as archive, progress(output) as bar:
         task = bar.add_task("check", total=archive.session.last_server_seq)
         for event in archive.whole():
@@ -68,9 +71,9 @@ def import_session(
     async def work() -> None:
         async with connected(target) as client:
             if into is not None:
-                session = await find_session(client, into)
+                session, created = await find_session(client, into), False
             else:
-                session, _ = await client.create_session(
+                session, created = await client.create_session(
                     room=None if no_room else exported.room if room is None else room,
                     owner_id=exported.owner_id,
                     language_id=exported.language_id,
@@ -80,10 +83,10 @@ def import_session(
             session = await client.get_session(session.id)
         if output is Output.JSON:
             print_json(session_form(session))
-        elif written:
-            say(f"Imported {count:,} events into session {session.id}")
+        elif written or created:
+            say(f"Imported {events_in_words(count)} into session {session.id}")
         else:
-            say(f"Session {session.id} has all {count:,} events already")
+            say(f"Session {session.id} has everything already: {events_in_words(count)}")
 
     run(work())
 
@@ -129,13 +132,14 @@ class _Import:
                     self._check(event, next(events))
 
     async def _append(self, batch: Sequence[NewEvent]) -> None:
-        for pause in range(_PATIENCE):
+        give_up_at = time.monotonic() + _PATIENCE
+        while True:
             try:
                 stored = await self._client.append_batch(
                     self._session.id, batch, expected_last_server_seq=self._head, auto_key=False
                 )
             except Unavailable as error:  # it was sent once only, for it may have been written
-                if pause + 1 == _PATIENCE:
+                if time.monotonic() > give_up_at:
                     raise
                 await asyncio.sleep(error.retry_after or _PAUSE)
             except ServerSeqConflict:

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from collab_service.cli.failure import ExitStatus
 
@@ -18,8 +18,13 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def run(work: Coroutine[Any, Any, None], *, interrupted: ExitStatus = ExitStatus.INTERRUPTED) -> None:
-    """Do a command's work. Ctrl-C cancels it, so that it can say what it has done; told again, it ends at once.
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T], *, interrupted: ExitStatus = ExitStatus.INTERRUPTED) -> T:
+    """Do a command's work, and return what that returns.
+
+    Ctrl-C cancels it, so that it can say what it has done; told again, it ends at once.
 
     Args:
         work: What to do.
@@ -27,6 +32,6 @@ def run(work: Coroutine[Any, Any, None], *, interrupted: ExitStatus = ExitStatus
     """
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(work)
+            return runner.run(work)
     except KeyboardInterrupt:
         sys.exit(interrupted)

@@ -65,6 +65,6 @@ def main() -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is escaped
         try:
-            app()
+            app(prog_name="collab")
         finally:
             sys.stdout.flush()  # a disk that is full is told here, and not by Python at its end

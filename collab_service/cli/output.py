@@ -74,13 +74,13 @@ class Lines:
         sys.stdout.flush()
 
     def _print_columns(self, cells: Sequence[str], style_of: Callable[[Column], str]) -> None:
-        line = Text(no_wrap=True, overflow="ellipsis")
+        line = Text()
         for column, cell in zip(self._columns, cells, strict=True):
             if line:
                 line.append("  ")
             line.append(cell.rjust(column.width) if column.right else cell.ljust(column.width), style_of(column))
         line.rstrip()
-        self._console.print(line)
+        self._console.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def event_lines(output: Output) -> Lines:
@@ -109,8 +109,10 @@ def session_lines(output: Output) -> Lines:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON."""
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    """Print a value as one line of JSON, in UTF-8 whatever the terminal's encoding is."""
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    if sys.stdout.line_buffering:  # it is a terminal
+        sys.stdout.flush()
 
 
 def say(sentence: str) -> None:
@@ -138,17 +140,22 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f}/s", style="cyan")
 
 
-def progress(output: Output = Output.TEXT) -> Progress:
+def progress(output: Output = Output.TEXT, *, hidden: bool = False) -> Progress:
     """Return a progress bar with rate and time left, on standard error; it is seen on a terminal only, and goes."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    hidden = output is Output.JSON or not console.is_terminal
+    hidden = hidden or output is Output.JSON or not console.is_terminal
     return Progress(*columns, console=console, transient=True, disable=hidden)
+
+
+def events_in_words(count: int) -> str:
+    """Return a number of events, as text."""
+    return f"{count:,} event" if count == 1 else f"{count:,} events"
 
 
 def rate(count: int, seconds: float) -> str:
     """Return how much took how long, as text."""
-    return f"{count:,} events in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f}/s)"
+    return f"{events_in_words(count)} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f}/s)"
 
 
 def _event_cells(event: Event) -> Sequence[str]:

@@ -18,6 +18,9 @@ from collab_service.rpc.server import Server
 
 _log = structlog.get_logger(__name__)
 
+_AT_ONCE = 2.0
+"""Seconds in which everything is let go of when there is no grace."""
+
 
 def stop_event() -> asyncio.Event:
     """Return an event that SIGTERM and Ctrl-C set, for the running loop."""
@@ -53,17 +56,22 @@ async def run_server(
             http_address = await gateway.start()
         on_serving(address, http_address)
 
-    async def end() -> None:
+    async def end(grace: float) -> None:
         if gateway is not None:  # it needs the service for what is in progress
-            await gateway.stop()
-        await server.stop(config.shutdown_grace)
+            await gateway.stop(grace)
+        await server.stop(grace)
 
     return await life.run(start, end)
 
 
-async def run_gateway(config: GatewayConfig) -> int:
-    """Run a gateway alone until SIGTERM or Ctrl-C; told again, stop at once. Return the exit status."""
-    life = _Life(stop_event(), config.shutdown_grace)
+async def run_gateway(config: GatewayConfig, grace: float) -> int:
+    """Run a gateway alone until SIGTERM or Ctrl-C; told again, stop at once. Return the exit status.
+
+    Args:
+        config: The settings.
+        grace: Seconds that requests in progress get to finish.
+    """
+    life = _Life(stop_event(), grace)
     gateway = GatewayServer(config, on_death=life.died)
 
     async def start() -> None:
@@ -86,8 +94,13 @@ class _Life:
         self._status = 1
         self._stop.set()
 
-    async def run(self, start: Callable[[], Awaitable[None]], end: Callable[[], Coroutine[Any, Any, None]]) -> int:
-        """Start, wait until told to stop, and end; told again, end at once. Return the exit status."""
+    async def run(self, start: Callable[[], Awaitable[None]], end: Callable[[float], Coroutine[Any, Any, None]]) -> int:
+        """Start, wait until told to stop, and end; told again, end at once. Return the exit status.
+
+        Args:
+            start: Opens the ports.
+            end: Stops in order, within so many seconds of grace; may be called again while it does.
+        """
         try:
             await start()
             # What the imports have made stays for good. Left to the garbage collector, looking through it stops the
@@ -98,13 +111,17 @@ class _Life:
             self._stop.clear()
             _log.info("stopping", grace_seconds=self._grace)
         finally:
-            stopping = asyncio.create_task(end(), name="stop")
+            stopping = asyncio.create_task(end(self._grace), name="stop")
             again = asyncio.create_task(self._stop.wait(), name="second-signal")
             await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
             again.cancel()
             if not stopping.done():
                 _log.warning("stopping at once, as the second signal says")
                 stopping.cancel()
+                await asyncio.wait((stopping,))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_AT_ONCE):
+                        await end(0)
             with contextlib.suppress(asyncio.CancelledError):
                 await stopping
         _log.info("stopped")
@@ -120,7 +137,6 @@ def _gateway_config(config: Config, http_address: str, grpc_address: str) -> Gat
         share_port=config.share_port,
         cors_origins=config.cors_origins,
         max_body_bytes=config.max_body_bytes,
-        shutdown_grace=config.shutdown_grace,
     )
 
 

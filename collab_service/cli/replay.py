@@ -24,7 +24,7 @@ def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A recording: gzipped JSON with txns and endContent.")],
     target: Target = DEFAULT_TARGET,
     batch: Annotated[
-        int, typer.Option(min=1, max=1000, help="Transactions in an append; 1 appends each on its own.")
+        int, typer.Option(min=1, max=1000, metavar="N", help="Transactions in an append; 1 appends each on its own.")
     ] = 100,
 ) -> None:
     """Write a recorded editing session into a new session, read it back, and check it.

@@ -66,13 +66,7 @@ def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool, h
         if config.database_url is not None:
             check_database_url(config.database_url)
         configure_logs(log_format)
-        if http_if_free and config.http_address is not None:
-            try:
-                free_place(config.http_address, option="--http-address")
-            except AddressError as error:
-                _log.warning("the gateway is not started", cause=str(error))
-                config = replace(config, http_address=None)
-        return _run(config, log_format)
+        return _run(config, log_format, http_if_free=http_if_free)
 
 
 def check_reach(option: str, address: str, allow_unauthenticated: bool) -> None:
@@ -89,7 +83,7 @@ class _Stopped(BaseException):
     """SIGTERM came while nothing was running yet."""
 
 
-def _run(config: Config, log_format: LogFormat) -> int:
+def _run(config: Config, log_format: LogFormat, *, http_if_free: bool) -> int:
     def stop_starting(*_: object) -> None:
         raise _Stopped
 
@@ -98,9 +92,21 @@ def _run(config: Config, log_format: LogFormat) -> int:
         # A parent of workers has little to do but to watch processes, at which asyncio's own loop is the more robust.
         loop_factory = new_event_loop if config.workers == 1 else None
         with _database(config) as (url, cluster), asyncio.Runner(loop_factory=loop_factory) as runner:
+            if http_if_free:
+                config = _without_a_gateway_where_its_port_is_taken(config)
             return runner.run(_serve(config, url, cluster, log_format))
     except (_Stopped, KeyboardInterrupt):
         return 0
+
+
+def _without_a_gateway_where_its_port_is_taken(config: Config) -> Config:
+    if config.http_address is not None:
+        try:
+            free_place(config.http_address, option="--http-address")
+        except AddressError as error:
+            _log.warning("the gateway is not started", cause=str(error))
+            return replace(config, http_address=None)
+    return config
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import typer
 from collab_service.cli.connection import SessionName, Target, connected, find_session
 from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.loop import run
-from collab_service.cli.output import Output, OutputOption, print_json, say, session_lines
+from collab_service.cli.output import Output, OutputOption, events_in_words, print_json, say, session_lines
 from collab_service.client import DEFAULT_TARGET, Session
 from collab_service.client.json_form import iso_time, session_form
 
@@ -42,7 +42,7 @@ def create(
         elif created:
             say(f"Session {session.id} created")
         else:
-            say(f"Session {session.id} has this room already, with {session.last_server_seq:,} events")
+            say(f"Session {session.id} has this room already, with {events_in_words(session.last_server_seq)}")
 
     run(work())
 
@@ -86,7 +86,7 @@ def list_(
         ):
             async for session in sessions:
                 if limit and count == limit:
-                    print(f"There are more; --limit 0 lists all of them, this is {count:,}.", file=sys.stderr)
+                    print(f"Only the first {count:,} are shown; --limit 0 shows all of them.", file=sys.stderr)
                     break
                 lines.print(session)
                 count += 1
@@ -111,7 +111,9 @@ def touch(session: SessionName, target: Target = DEFAULT_TARGET, output: OutputO
 @app.command()
 def delete(
     session: SessionName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, which is done on a terminal only.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask. (On a terminal it asks; in a script it never does.)")
+    ] = False,
     target: Target = DEFAULT_TARGET,
 ) -> None:
     """Delete a session with all its events. `collab export` keeps a copy.
@@ -119,16 +121,29 @@ def delete(
     Example: `collab session delete 7 --yes`
     """
 
+    async def find() -> Session:
+        async with connected(target) as client:
+            return await find_session(client, session)
+
     async def work() -> None:
         async with connected(target) as client:
-            found = await find_session(client, session)
-            what = f"session {found.id} with {found.last_server_seq:,} events"
-            if not yes and sys.stdin is not None and sys.stdin.isatty() and not typer.confirm(f"Delete {what}?"):
-                raise CommandError("nothing was deleted", ExitStatus.INTERRUPTED)
             await client.delete_session(found.id)
-        say(f"Deleted {what}")
 
+    found = run(find())
+    what = f"session {found.id} with {events_in_words(found.last_server_seq)}"
+    # Not in the midst of the work, where Ctrl-C would wait for the answer.
+    if not yes and sys.stdin is not None and sys.stdin.isatty() and not _agrees(f"Delete {what}?"):
+        raise CommandError("nothing was deleted", ExitStatus.INTERRUPTED)
     run(work())
+    say(f"Deleted {what}")
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:  # Ctrl-C or Ctrl-D
+        print(file=sys.stderr)
+        return False
 
 
 def _show(session: Session, output: Output) -> None:

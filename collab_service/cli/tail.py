@@ -16,18 +16,15 @@ from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, event_lines
 from collab_service.client import DEFAULT_TARGET
-from collab_service.model.limits import MAX_INT64
 
-Since = Annotated[
-    int, typer.Option(min=0, max=MAX_INT64, metavar="N", help="Begin after this number; 0 is the beginning.")
-]
+Since = Annotated[int, typer.Option(min=0, metavar="N", help="Begin after this number; 0 is the beginning.")]
 Types = Annotated[str | None, typer.Option(metavar="TYPE,…", help="Only events of these types, separated by commas.")]
 
 
 def list_events(
     session: SessionName,
     since: Since = 0,
-    limit: Annotated[int, typer.Option(min=0, max=MAX_INT64, metavar="N", help="At most so many; 0 lists all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="At most so many; 0 lists all.")] = 0,
     types: Types = None,
     target: Target = DEFAULT_TARGET,
     output: OutputOption = Output.TEXT,

@@ -57,12 +57,21 @@ def read_trace(path: Path) -> Trace:
             for txn in found["txns"]
         ]
         return Trace(str(found["startContent"]), str(found["endContent"]), transactions)
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror or error}") from error
-    except (EOFError, zlib.error, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CommandError(
             f"{path} is no recording: it should be gzipped JSON with startContent, endContent and txns"
         ) from error
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from error
 
 
 def apply_patches(text: str, patches: Iterable[Patch]) -> str:

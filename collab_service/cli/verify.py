@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from collab_service.cli.archive import open_archive
-from collab_service.cli.connection import Target, connected, find_session
+from collab_service.cli.connection import Target, connected, find_session, is_number
+from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
 from collab_service.client import DEFAULT_TARGET, BrokenLog, CollabClient, LogCheck, Session
@@ -38,7 +39,7 @@ def verify(
     """
     path = Path(what)
     started = time.perf_counter()
-    if not what.startswith("room:") and not what.isdigit() and (path.is_file() or path.suffix == ".jsonl"):
+    if not what.startswith("room:") and not is_number(what) and (_is_file(path) or path.suffix == ".jsonl"):
         check = _verify_file(path, output)
         name = str(path)
     else:
@@ -47,7 +48,7 @@ def verify(
         async def work() -> None:
             nonlocal check
             async with connected(target) as client:
-                check = await verify_session(client, await find_session(client, what), output)
+                check = await verify_session(client, await _find(client, what), output)
 
         run(work())
         name = f"session {check.session_id}"
@@ -57,6 +58,24 @@ def verify(
     else:
         say(f"{name} is whole: {rate(count, time.perf_counter() - started)}, every number once, times in order")
         say(f"chain {check.chain_hash.hex()}, computed anew")
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether there is a file, or something else to read from such as a pipe."""
+    return path.exists() and not path.is_dir()
+
+
+async def _find(client: CollabClient, what: str) -> Session:
+    try:
+        return await find_session(client, what)
+    except CommandError as error:
+        if error.status is not ExitStatus.NOT_FOUND:
+            raise
+        raise CommandError(
+            f"there is neither a file '{what}' nor a session with this room; see those there are with: "
+            "collab session list",
+            error.status,
+        ) from error
 
 
 async def verify_session(client: CollabClient, session: Session, output: Output) -> LogCheck:

@@ -277,12 +277,8 @@ def test_every_option_is_an_environment_variable() -> None:
 
 
 def test_json_logs(database_url: str, directory: Path) -> None:
-    """For machines: every line a JSON object with a fixed message, a level and a time.
-
-    (Started with an open address, which is taken when it is allowed: the gateway's, that does not listen yet.)
-    """
-    arguments = ("--log-format", "auto", "--http-address", "0.0.0.0:8080", "--allow-unauthenticated")
-    with ServeProcess("--database-url", database_url, *arguments, cwd=directory) as process:
+    """For machines: every line a JSON object with a fixed message, a level and a time."""
+    with ServeProcess("--database-url", database_url, "--log-format", "auto", cwd=directory) as process:
         with grpc.insecure_channel(process.grpc_address) as channel, pytest.raises(grpc.RpcError):
             CollabServiceStub(channel).GetSession(pb.GetSessionRequest(session_id=1), timeout=_CALL_SECONDS)
         assert process.stop() == 0
