@@ -1,5 +1,6 @@
 """The gateway as an ASGI application: routes, and what surrounds every call."""
 
+import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,17 +21,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from collab_service import __version__
 from collab_service.client import CollabClient, ServiceError
 from collab_service.client import request_id as client_request_id
-from collab_service.gateway.errors import RequestError, answer_to_error, answer_to_service_error, internal_answer
+from collab_service.gateway.errors import (
+    RequestError,
+    answer_to_error,
+    answer_to_service_error,
+    internal_answer,
+    stopping_answer,
+)
 from collab_service.gateway.handlers import JSON, Handlers
 from collab_service.gateway.openapi import document
 from collab_service.gateway.operations import OPERATIONS
 from collab_service.gateway.pages import page_routes
-from collab_service.gateway.streams import Followers
+from collab_service.gateway.requests import id_of
+from collab_service.gateway.streams import CutOff, Followers
 
 _log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a caller's own request id may look like; any other is replaced."""
+_REFUSES_GZIP = re.compile(rb"gzip\s*;\s*q=0(?:\.0*)?\s*(?:,|$)")
 _READY_TIMEOUT = 2.0
 """Seconds for the service to say that it is well."""
 
@@ -59,13 +68,12 @@ class Gateway:
             Route("/healthz", self._healthz, methods=["GET"]),
             Route("/readyz", self._readyz, methods=["GET"]),
             Route("/openapi.json", self._openapi, methods=["GET"]),
-            Route("/inspector/followers/{id:int}", self._followers, methods=["GET"]),
+            Route("/inspector/followers/{id}", self._followers, methods=["GET"]),
             *page_routes(),
         ]
-        middleware = [Middleware(GZipMiddleware, minimum_size=500, compresslevel=4)]
+        middleware = []
         if cors_origins:
-            middleware.insert(
-                0,
+            middleware.append(
                 Middleware(
                     CORSMiddleware,
                     allow_origins=list(cors_origins),
@@ -82,6 +90,7 @@ class Gateway:
                 ServiceError: _failed,
                 HTTPException: _not_routed,
                 ClientDisconnect: _gone,
+                Exception: _faulty,
             },
         )
         inner.router.redirect_slashes = False
@@ -111,7 +120,7 @@ class Gateway:
         return Response(self._document, media_type=JSON)
 
     async def _followers(self, request: Request) -> Response:
-        return JSONResponse({"followers": self.followers.count[request.path_params["id"]]})
+        return JSONResponse({"followers": self.followers.count[id_of(request)]})
 
 
 class _Boundary:
@@ -119,35 +128,47 @@ class _Boundary:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._compressing = GZipMiddleware(app, minimum_size=500, compresslevel=4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        request_id = _request_id(scope)
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers)
+        # Most clients of appends do not ask for it, and need not pay for the middleware.
+        accepted = headers.get(b"accept-encoding", b"")
+        app = self._compressing if b"gzip" in accepted and not _REFUSES_GZIP.search(accepted) else self._app
         scope["state"] = {"request_id": request_id}
         client_request_id.set(request_id)
-        started = False
+        started = ended = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, ended
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if scope["path"].startswith("/api/"):
                     _set_default(message["headers"], b"cache-control", b"no-store")
+            else:
+                ended = not message.get("more_body", False)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
+        except CutOff as cut:
+            _log_of(scope).info("request was cut off", code=str(cut))
+            raise  # which closes the connection, so that nobody takes the answer for whole
+        except asyncio.CancelledError:
+            _log_of(scope).warning("request was cut off", code="SHUTTING_DOWN")  # the grace period is over
+            if not started:
+                await stopping_answer(writes=scope["method"] != "GET")(scope, receive, send_with_id)
+            raise
         except Exception as error:
-            log = _log.bind(method=scope["method"], path=scope["path"], request_id=request_id)
-            if isinstance(error, ServiceError):  # after the answer had begun
-                log.info("request was cut off", code=error.reason or type(error).__name__)
-                raise  # which closes the connection, so that nobody takes the answer for whole
-            log.error("request failed", status=500, exc_info=error)
-            if started:
+            _log_of(scope).error("request failed", status=500, exc_info=error)
+            if not started:
+                await internal_answer(request_id)(scope, receive, send_with_id)
+            elif not ended:
                 raise
-            await internal_answer(request_id)(scope, receive, send_with_id)
 
 
 def _one_route_a_path(routes: list[Route]) -> list[Route]:
@@ -173,11 +194,9 @@ def _by_method(
     return endpoint
 
 
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
-            return str(text)
-    return uuid.uuid4().hex
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _set_default(headers: list[tuple[bytes, bytes]], name: bytes, value: bytes) -> None:
@@ -197,12 +216,14 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "")
         code, message = "METHOD_NOT_ALLOWED", f"{request.method} is not possible here; possible are: {allowed}"
     elif error.status_code == HTTPStatus.NOT_FOUND:
-        code, message = "ROUTE_NOT_FOUND", f"there is nothing at {path[:200]}; /docs tells what there is"
+        code, message = (
+            "ROUTE_NOT_FOUND",
+            f"there is nothing at {_path(request.scope)[:200]}; /docs tells what there is",
+        )
     else:
         code, message = "INVALID_REQUEST", str(error.detail)
     refused = RequestError(HTTPStatus(error.status_code), code, message, headers=error.headers)
@@ -213,13 +234,24 @@ async def _gone(request: Request, error: Exception) -> Response:
     return _logged(request, "CLIENT_GONE", Response(status_code=HTTPStatus.BAD_REQUEST))  # which nobody will see
 
 
-def _logged(request: Request, code: str, response: Response) -> Response:
-    _log.info(
-        "request failed",
-        method=request.method,
-        path=request.url.path,
-        status=response.status_code,
-        code=code,
-        request_id=request.state.request_id,
+async def _faulty(request: Request, error: Exception) -> Response:
+    return internal_answer(request.state.request_id)  # and the error goes on to the boundary, which logs it
+
+
+def _path(scope: Scope) -> str:
+    """Return the path as it was sent, in which every character shows."""
+    raw_path: bytes = scope["raw_path"]
+    return raw_path.decode("latin-1")
+
+
+def _log_of(scope: Scope) -> structlog.typing.FilteringBoundLogger:
+    """Return the log, in which every line says which request it is about."""
+    log: structlog.typing.FilteringBoundLogger = _log.bind(
+        method=scope["method"], path=_path(scope), request_id=scope["state"]["request_id"]
     )
+    return log
+
+
+def _logged(request: Request, code: str, response: Response) -> Response:
+    _log_of(request.scope).info("request failed", status=response.status_code, code=code)
     return response

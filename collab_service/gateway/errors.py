@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
+from itertools import islice
 
 import msgspec
 from starlette.responses import Response
@@ -44,10 +45,12 @@ _REASONS: Mapping[type[ServiceError], str] = {
     DeadlineExceeded: "STORAGE_UNAVAILABLE",
 }
 _MOST_DETAILS = 100
+_OUTCOME_UNKNOWN = "the service was lost before it answered; send it again only with the same idempotency key"
 
 _NAMES = {
     "json": "payload",
     "binary": "payloadBase64",
+    "events": "body",
 }
 _EVENT_PATH = re.compile(r"^event\.|^events(?=\[)|(?<=^types)\[\d+\]$")
 _SNAKE = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
@@ -73,7 +76,7 @@ class RequestError(Exception):
 
 def invalid(details: Iterable[Detail]) -> RequestError:
     """Return the error for fields that are not what they should be."""
-    details = list(details)
+    details = list(islice(details, _MOST_DETAILS + 1))
     return RequestError(HTTPStatus.BAD_REQUEST, "INVALID_REQUEST", _summary(details), details)
 
 
@@ -85,25 +88,33 @@ def answer_to_error(error: RequestError) -> Response:
 def answer_to_service_error(error: ServiceError) -> Response:
     """Return the answer to a call that the service has refused, or could not carry out."""
     kind = next(kind for kind in type(error).__mro__ if kind in _STATUSES)
-    code, message = error.reason or _REASONS.get(kind, "INTERNAL"), http_text(str(error))
+    status, code, message = _STATUSES[kind], error.reason or _REASONS.get(kind, "INTERNAL"), http_text(str(error))
     details: list[Detail] = []
     if isinstance(error, InvalidRequest) and error.violations:
         details = [Detail(http_name(field), http_text(message)) for field, message in error.violations]
         message = _summary(details)
     elif error.side_effects == "unknown" and not error.reason:
-        code = "COMMIT_OUTCOME_UNKNOWN"
-        message = "the service was lost before it answered; send it again only with the same idempotency key"
+        status, code, message = HTTPStatus.SERVICE_UNAVAILABLE, "COMMIT_OUTCOME_UNKNOWN", _OUTCOME_UNKNOWN
     elif not error.reason and not isinstance(error, InvalidRequest):
         # The transport's own words are about addresses that are nobody's business.
         message = "the service does not answer" if error.is_retryable else "internal error"
-    headers = {"retry-after": str(max(1, round(error.retry_after or 1)))} if error.is_retryable else {}
-    return _answer(_STATUSES[kind], code, message, details, headers)
+    waiting_helps = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+    headers = {"retry-after": str(max(1, round(error.retry_after or 1)))} if waiting_helps else {}
+    return _answer(status, code, message, details, headers)
 
 
 def internal_answer(request_id: str) -> Response:
     """Return the answer to a request that met a fault of ours."""
     message = f"internal error; the gateway's log says more about {request_id}"
     return _answer(HTTPStatus.INTERNAL_SERVER_ERROR, "INTERNAL", message, [], {})
+
+
+def stopping_answer(*, writes: bool) -> Response:
+    """Return the answer to a request that was not done when the gateway's time to stop was over."""
+    status, headers = HTTPStatus.SERVICE_UNAVAILABLE, {"retry-after": "1"}
+    if writes:
+        return _answer(status, "COMMIT_OUTCOME_UNKNOWN", _OUTCOME_UNKNOWN, [], headers)
+    return _answer(status, "SHUTTING_DOWN", "the gateway is stopping", [], headers)
 
 
 def http_name(field: str) -> str:
@@ -124,7 +135,8 @@ def _camel(name: str) -> str:
 
 
 def _summary(details: list[Detail]) -> str:
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    others = len(details) - 1
+    more = f" (and {others if others < _MOST_DETAILS else f'at least {others}'} more)" if others else ""
     return f"{details[0].field}: {details[0].message}{more}"
 
 

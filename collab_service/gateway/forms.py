@@ -10,6 +10,7 @@ MAX_INT64 = 2**63 - 1
 
 Id = Annotated[int, Meta(ge=1, le=MAX_INT64, description="A number from 1 on.")]
 Count = Annotated[int, Meta(ge=0, le=MAX_INT64, description="A number from 0 on.")]
+Expected = Annotated[Count, Meta(description="Append only if this is the session's last number; 0: if it is empty.")]
 Name = Annotated[str, Meta(min_length=1, description="At most 255 bytes of UTF-8, no NUL character.")]
 Base64 = Annotated[str, Meta(description="Bytes in base64.")]
 JsonObject = Annotated[
@@ -47,7 +48,7 @@ class SessionEventBody(EventBody, frozen=True, rename="camel", forbid_unknown_fi
     """An event to append."""
 
     session_id: Id
-    expected_last_server_seq: Count | None = None
+    expected_last_server_seq: Expected | None = None
 
 
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,15 +69,15 @@ class SessionsQuery(Struct, frozen=True, rename="camel", forbid_unknown_fields=T
 class BatchQuery(Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """Where to append."""
 
-    expected_last_server_seq: Count | None = None
+    expected_last_server_seq: Expected | None = None
 
 
 class EventsQuery(Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """Which events to list."""
 
     session_id: Id
-    since_server_seq: Count = 0
-    limit: Count = 0
+    since_server_seq: Annotated[Count, Meta(description="Begin after this number; 0 is the beginning.")] = 0
+    limit: Annotated[Count, Meta(description="End after so many events; 0 means all.")] = 0
     types: Annotated[Name, Meta(description="Only events of these types, separated by commas.")] | None = None
 
 
@@ -97,21 +98,17 @@ class ReleasedAnswer(Struct, frozen=True, rename="camel"):
 class Detail(Struct, frozen=True):
     """One bad field."""
 
-    field: str
-    message: str
+    field: Annotated[str, Meta(description="Its name, such as sessionId or, in a batch, [3].actorId.")]
+    message: Annotated[str, Meta(description="What is wrong and what would be right.")]
 
 
 class ErrorAnswer(Struct, frozen=True):
     """What went wrong."""
 
-    error: str
-    """In a few words."""
-    message: str
-    """In a sentence."""
-    code: str
-    """For programs."""
-    details: list[Detail]
-    """Every bad field."""
+    error: Annotated[str, Meta(description="In a few words.")]
+    message: Annotated[str, Meta(description="In a sentence.")]
+    code: Annotated[str, Meta(description="For programs: an ErrorReason of the protos, or one of HTTP's own.")]
+    details: Annotated[list[Detail], Meta(description="Every bad field.")]
 
 
 WHAT_IS_RIGHT = {

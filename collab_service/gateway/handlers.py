@@ -33,8 +33,9 @@ from collab_service.gateway.requests import (
     object_of,
     query_of,
     read_body,
+    user_id_of,
 )
-from collab_service.gateway.streams import Followers, array, begun, lines
+from collab_service.gateway.streams import FOLLOWS, Followers, array, begun, lines
 
 JSON, JSON_LINES, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
 
@@ -103,7 +104,7 @@ class Handlers:
     async def remove_user(self, request: Request) -> Response:
         """Take a user off the sessions they own."""
         query_of(request, NoQuery)
-        released = await self._client.remove_user(request.path_params["user_id"])
+        released = await self._client.remove_user(user_id_of(request))
         return _json(ReleasedAnswer(released))
 
     async def append_event(self, request: Request) -> Response:
@@ -134,8 +135,10 @@ class Handlers:
         types = [] if query.types is None else query.types.split(",")
         accept = request.headers.get("accept", "")
         if EVENT_STREAM in accept:
-            since = _last_event_id(request) or query.since_server_seq
+            last = _last_event_id(request)
+            since = query.since_server_seq if last is None else last
             answer: Response = await self._followers.answer(self._client, query, since, types)
+            request.scope["state"][FOLLOWS] = True
         elif JSON_LINES in accept:
             answer = await begun(lines(self._events(query, types)), JSON_LINES)
         else:

@@ -26,7 +26,7 @@ def document(version: str) -> dict[str, Any]:
     references = dict(zip(map(repr, types), schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        path = operation.path.replace("{user_id:path}", "{userId}")
+        path = operation.path.replace("{user_id:text}", "{userId}")
         paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, references)
     return {
         "openapi": "3.1.0",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec import Struct
+from starlette.convertors import Convertor, register_url_convertor
 
 from collab_service.client.json_form import EventForm, SessionForm
 from collab_service.gateway import forms
@@ -30,6 +31,20 @@ class Operation:
     other_forms: Mapping[str, str] = field(default_factory=dict)
     """Other media types of the answer, with a description of each."""
 
+
+class _Text(Convertor[str]):
+    """All that is left of a path: also slashes, and line breaks, at which Starlette's `path` would stop."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", _Text())
 
 _SESSIONS = "/api/collab/sessions"
 _KEY = {"Idempotency-Key": "Makes the append safe to send again: the same key and content is not stored twice."}
@@ -88,7 +103,7 @@ OPERATIONS = (
     Operation("POST", _SESSIONS + "/{id}/activity", "touch_session", {200: ("The session.", SessionForm)}, (404,)),
     Operation(
         "DELETE",
-        "/api/collab/users/{user_id:path}",
+        "/api/collab/users/{user_id:text}",
         "remove_user",
         {200: ("How many sessions they owned.", forms.ReleasedAnswer)},
     ),

@@ -2,9 +2,11 @@
 
 import base64
 import binascii
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 import msgspec
 from msgspec import Raw, Struct
@@ -18,9 +20,14 @@ from collab_service.model.payload import json_object_problem
 F = TypeVar("F", bound=Struct)
 E = TypeVar("E", bound=EventBody)
 
+_MOST_EVENTS = 20_000
+"""Events in a batch, whatever the service takes (1,000, unless configured): millions of empty ones fit into a body, and
+would keep this process busy for half a minute only to be refused."""
+_MUST_BE_UTF8 = "must be UTF-8, percent-encoded"
+_HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+_WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
+
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
-_raw_objects = msgspec.json.Decoder(dict[str, Raw])
-_raw_list = msgspec.json.Decoder(list[Raw])
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -52,7 +59,8 @@ async def read_body(request: Request, most: int) -> bytes:
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             "BODY_TOO_LARGE",
             f"the body must be at most {most} bytes",
-            headers={"connection": "close"},
+            # The connection stays: the rest of the body is read and dropped, without which many clients never come to
+            # read this answer.
         )
     body = b"".join(parts)
     try:
@@ -73,13 +81,18 @@ def object_of(body: bytes, form: type[F]) -> F:
 
 def list_of(body: bytes, form: type[F]) -> list[F]:
     """Return a JSON array of objects as forms; raises `RequestError` with everything that is wrong."""
+    if body.count(b",") >= _MOST_EVENTS and _is_longer(body, _MOST_EVENTS):
+        what = f"must be at most {_MOST_EVENTS} events"
+        raise RequestError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "BATCH_TOO_LARGE", f"body: {what}", [Detail("body", what)]
+        )
     try:
         found: list[F] = _decode(body, list[form])  # type: ignore[valid-type]
         return found
     except msgspec.ValidationError:
         pass
     try:
-        items = _raw_list.decode(body)
+        items: list[Raw] = _decode(body, list[Raw])
     except msgspec.ValidationError:
         raise invalid([Detail("body", "must be a JSON array of events")]) from None
     raise invalid(
@@ -92,14 +105,14 @@ def query_of(request: Request, form: type[F]) -> F:
     fields = fields_of(form)
     values: dict[str, Any] = {}
     problems: list[Detail] = []
-    for name, text in request.query_params.multi_items():
+    for name, text in _parameters(request):
         if name not in fields:
             problems.append(_unknown(name, fields))
         elif name in values:
             problems.append(Detail(name, "must be given once"))
         else:
             try:
-                values[name] = msgspec.convert(text, fields[name].type, strict=False)
+                values[name] = _from_text(text, fields[name].type)
             except msgspec.ValidationError:
                 problems.append(_wrong(name))
                 values[name] = None
@@ -119,6 +132,16 @@ def id_of(request: Request) -> int:
     except ValueError:
         pass
     raise invalid([_wrong("id")])
+
+
+def user_id_of(request: Request) -> str:
+    """Return the user in the path; raises `RequestError` when it is no text."""
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()  # in the path itself, what is not UTF-8 is replaced
+    except UnicodeDecodeError:
+        raise invalid([Detail("userId", _MUST_BE_UTF8)]) from None
+    user_id: str = request.path_params["user_id"]
+    return user_id
 
 
 def idempotency_key_of(request: Request) -> str | None:
@@ -177,6 +200,31 @@ def events_of(forms: list[E], key: str | None, *, in_batch: bool) -> list[NewEve
     return events
 
 
+def _parameters(request: Request) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(request.scope["query_string"].decode(), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise invalid([Detail("query", _MUST_BE_UTF8)]) from None
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """Return the value of a parameter; raises `ValidationError` when it is none of its type."""
+    try:
+        return msgspec.convert(text, kind)
+    except msgspec.ValidationError:
+        if not _WHOLE_NUMBER.fullmatch(text):
+            raise
+        return msgspec.convert(int(text), kind)
+
+
+def _is_longer(body: bytes, most: int) -> bool:
+    """Tell whether a JSON array has more than so many items."""
+    try:
+        return len(_decode(body, list[Raw])) > most
+    except msgspec.ValidationError:  # it is no array
+        return False
+
+
 def _decode(body: bytes, kind: Any) -> Any:
     decoder = _decoders.get(kind)
     if decoder is None:
@@ -186,36 +234,41 @@ def _decode(body: bytes, kind: Any) -> Any:
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError as error:
-        raise _malformed(str(error)) from error
+        # Which JavaScript writes when a text is cut in the middle of an emoji; msgspec speaks of truncated input.
+        why = "it holds half of a surrogate pair" if _HALF_PAIR.search(body) else str(error)
+        raise _malformed(why) from error
     except RecursionError as error:
         raise _malformed("it is nested too deep") from error
 
 
-def _problems(body: bytes, form: type[Struct], path: str) -> list[Detail]:
-    """Return everything that keeps an object from being a form."""
+def _problems(body: bytes, form: type[Struct], path: str) -> Iterator[Detail]:
+    """Yield everything that keeps an object from being a form; raises `RequestError` when it is not even JSON."""
     try:
-        values: Mapping[str, Raw] = _raw_objects.decode(body)
+        values: Mapping[str, Raw] = _decode(body, dict[str, Raw])
     except msgspec.ValidationError:
-        return [Detail(path.removesuffix(".") or "body", "must be a JSON object")]
+        yield Detail(path.removesuffix(".") or "body", "must be a JSON object")
+        return
     fields = fields_of(form)
-    problems = []
     for name, value in values.items():
         if name not in fields:
-            problems.append(_unknown(name, fields, path))
+            yield _unknown(name, fields, path)
             continue
         try:
             decoded = _decode(value, fields[name].type)
         except (msgspec.ValidationError, RequestError):
-            problems.append(_wrong(name, path))
+            yield _wrong(name, path)
             continue
         # What the service would tell of, had it been asked.
         if isinstance(decoded, str) and "\0" in decoded:
-            problems.append(Detail(path + name, "must not hold a NUL character"))
+            yield Detail(path + name, "must not hold a NUL character")
         elif isinstance(decoded, str) and name in ("payloadBase64", "signature"):
+            problems: list[Detail] = []
             _bytes(decoded, path + name, problems)
+            yield from problems
         elif name == "payload" and decoded != ABSENT and (problem := json_object_problem(bytes(decoded).decode())):
-            problems.append(Detail(path + name, problem))
-    return problems + [Detail(path + name, "must be given") for name in _missing(fields, values)]
+            yield Detail(path + name, problem)
+    for name in _missing(fields, values):
+        yield Detail(path + name, "must be given")
 
 
 def _missing(fields: Mapping[str, msgspec.structs.FieldInfo], values: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ import uvicorn
 from collab_service.addresses import join_address, listening_socket, split_address
 from collab_service.client import CollabClient, RetryPolicy
 from collab_service.gateway.app import Gateway
+from collab_service.gateway.protocol import Protocol
+from collab_service.gateway.streams import FOLLOWS
 
 _log = structlog.get_logger(__name__)
 
 OPTION = "--http-address"
 _LINGER = 0.5
 """Seconds to be not ready before the port closes, so that load balancers send nothing new."""
+_FLUSH = 0.5
+"""Seconds for the last answers to get out."""
 _KEEP_ALIVE = 75
 """Seconds that a silent connection is kept: longer than load balancers do, who must be the ones to close it."""
 
@@ -35,8 +40,6 @@ class GatewayConfig:
     cors_origins: Sequence[str] = ()
     """Origins whose pages may call from a browser."""
     max_body_bytes: int = 8 * 1024 * 1024
-    shutdown_grace: float = 10.0
-    """Seconds that requests in progress get to finish."""
 
 
 class GatewayServer:
@@ -62,7 +65,7 @@ class GatewayServer:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                http="httptools",
+                http=Protocol,
                 ws="none",
                 server_header=False,
                 proxy_headers=False,  # nothing here depends on who calls
@@ -86,16 +89,34 @@ class GatewayServer:
         host, _ = split_address(self._config.http_address)
         return join_address(host, port)
 
-    async def stop(self) -> None:
-        """Stop in order: not ready, follows end, requests in progress finish, the port closes."""
+    async def stop(self, grace: float) -> None:
+        """Stop in order: not ready, follows end, what is in progress finishes in `grace` seconds, the port closes."""
         if self._serving is None:
             return
         self._gateway.drain()
-        await asyncio.sleep(min(_LINGER, self._config.shutdown_grace))
-        self._uvicorn.config.timeout_graceful_shutdown = max(round(self._config.shutdown_grace), 1)
+        if self._uvicorn.should_exit:  # it was told before, and given more time
+            await self._cut_off()
+        await asyncio.sleep(min(_LINGER, grace))
+        for connection in list(self._uvicorn.server_state.connections):
+            if connection.cycle is not None and connection.cycle.scope["state"].get(FOLLOWS):
+                connection.transport.abort()  # it has not taken the end of what it follows, as a page that sleeps
+        self._uvicorn.config.timeout_graceful_shutdown = math.ceil(grace)
         self._uvicorn.should_exit = True
         await asyncio.wait((self._serving,))
+        if self._uvicorn.server_state.connections:  # what was not done is cancelled, and tells its client so
+            await asyncio.sleep(min(_FLUSH, grace))
+        await self._cut_off()
         await self._client.__aexit__()
+
+    async def _cut_off(self) -> None:
+        """End what is in progress, and let go of clients that take nothing."""
+        for connection in list(self._uvicorn.server_state.connections):
+            connection.transport.abort()
+        tasks = set(self._uvicorn.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_FLUSH)
 
     def _ended(self, serving: asyncio.Task[None]) -> None:
         self._uvicorn.is_started.set()

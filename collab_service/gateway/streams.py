@@ -13,13 +13,27 @@ import msgspec
 from msgspec import Struct
 from starlette.responses import StreamingResponse
 
-from collab_service.client import CollabClient, Event, EventPage, Overloaded, Unavailable
+from collab_service.client import (
+    CollabClient,
+    Event,
+    EventPage,
+    Overloaded,
+    ServiceError,
+    SessionNotFound,
+    Unavailable,
+)
 from collab_service.client.json_form import event_form
 from collab_service.gateway.forms import EventsQuery
 
+FOLLOWS = "follows"
+"""In the state of a request: its answer has no end of its own."""
 _encode = msgspec.json.Encoder().encode
 _RETRY = b"retry: 2000\n\n"
 """Milliseconds after which a browser comes again."""
+
+
+class CutOff(Exception):
+    """An answer cannot be finished; the message is the code of the error, which is the cause."""
 
 
 async def array(items: AsyncIterator[Iterable[Struct]]) -> AsyncGenerator[bytes, None]:
@@ -46,8 +60,11 @@ async def begun(content: AsyncGenerator[bytes, None], media_type: str) -> Stream
     async def whole() -> AsyncIterator[bytes]:
         async with aclosing(content):
             yield first
-            async for part in content:
-                yield part
+            try:
+                async for part in content:
+                    yield part
+            except ServiceError as error:
+                raise CutOff(error.reason or type(error).__name__) from error
 
     return StreamingResponse(whole(), media_type=media_type)
 
@@ -95,13 +112,14 @@ class Followers:
                         prefix = b""
                         if page.events:
                             told = page.events[-1].server_seq
-                        if page.through_server_seq > told:
+                        moved_on = page.through_server_seq > told
+                        if moved_on:
                             # A filter let nothing through: a client that comes again need not begin before this.
                             told = page.through_server_seq
                             parts.append(b"id: %d\n" % told)
                         if page.is_caught_up and not was_caught_up:
                             parts.append(b'event: caught-up\ndata: {"headServerSeq": %d}\n\n' % page.head_server_seq)
-                        elif not page.events:
+                        elif moved_on or not page.events:
                             parts.append(b": heartbeat\n\n")
                         was_caught_up = page.is_caught_up
                         yield b"".join(parts)
@@ -109,6 +127,10 @@ class Followers:
                 # A browser never comes again after a 503 or a 429.
                 yield _RETRY
                 return
+            except SessionNotFound:
+                if prefix:
+                    raise
+                return  # it was deleted: a browser comes again, is told so, and stays away
         if prefix:
             yield prefix
 
