@@ -22,8 +22,8 @@ install: .venv/installed ## Make .venv with everything (does nothing when nothin
 run: install ## Start the service with a PostgreSQL of its own (more: collab serve --help)
 	$(BIN)/collab serve
 
-test: install ## Run the tests (under five minutes)
-	$(BIN)/python -m pytest -m "not long"
+test: install ## Run the tests, on several cores (under five minutes)
+	$(BIN)/python -m pytest -m "not long" -n auto --maxprocesses=4 --dist loadfile
 
 test-long: install ## Run what takes longer: whole traces, a million events, the built wheel
 	$(BIN)/python -m pytest -m long

@@ -18,7 +18,9 @@ START_SECONDS = 60.0
 def clean_environment(**more: str) -> dict[str, str]:
     """Return this process's environment without settings of ours, plus `more`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COLLAB_")}
-    return {**kept, "PYTHONWARNINGS": "error", "NO_COLOR": "1", "COLUMNS": "200", **more}
+    # The gateway's own address is left to whoever else runs here.
+    ours = {"PYTHONWARNINGS": "error", "NO_COLOR": "1", "COLUMNS": "200", "COLLAB_HTTP_ADDRESS": "127.0.0.1:0"}
+    return {**kept, **ours, **more}
 
 
 def collab(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,20 +35,20 @@ def collab(*arguments: str, timeout: float = 60, **environment: str) -> subproce
     )
 
 
-class ServeProcess:
-    """A `collab serve` on a port of its own; its log lines are kept."""
+class ServingProcess:
+    """A `collab` command that serves until it is told to stop; its log lines are kept."""
 
-    def __init__(self, *arguments: str, cwd: Path, grpc_address: str = "127.0.0.1:0", **environment: str) -> None:
+    def __init__(self, command: str, *arguments: str, cwd: Path, **environment: str) -> None:
         """Start it; entering the context waits until it serves."""
         self.lines: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self._ended = False
         self.process = subprocess.Popen(
-            [*COLLAB, "serve", "--log-format", "json", "--grpc-address", grpc_address, *arguments],
+            [*COLLAB, command, "--log-format", "json", *arguments],
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env=clean_environment(**{"COLLAB_HTTP_ADDRESS": "127.0.0.1:0", **environment}),
+            env=clean_environment(**environment),
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -78,12 +80,6 @@ class ServeProcess:
                 if self._ended or left <= 0:
                     raise AssertionError(f"no line with {wanted} in {self.lines}")
                 self._changed.wait(left)
-
-    @property
-    def grpc_address(self) -> str:
-        """Where it listens."""
-        address: str = self.wait_for("serving")["grpc_address"]
-        return address
 
     @property
     def http_address(self) -> str:
@@ -126,3 +122,28 @@ class ServeProcess:
             self.stop()
         if self.process.stderr is not None:
             self.process.stderr.close()
+
+
+class ServeProcess(ServingProcess):
+    """A `collab serve` on ports of its own."""
+
+    def __init__(self, *arguments: str, cwd: Path, grpc_address: str = "127.0.0.1:0", **environment: str) -> None:
+        """Start it; entering the context waits until it serves."""
+        super().__init__("serve", "--grpc-address", grpc_address, *arguments, cwd=cwd, **environment)
+
+    @property
+    def grpc_address(self) -> str:
+        """Where it listens."""
+        address: str = self.wait_for("serving")["grpc_address"]
+        return address
+
+
+class GatewayProcess(ServingProcess):
+    """A `collab gateway` on a port of its own."""
+
+    def __init__(
+        self, target: str, *arguments: str, cwd: Path, http_address: str = "127.0.0.1:0", **environment: str
+    ) -> None:
+        """Start it; entering the context waits until it serves."""
+        addresses = ("--target", target, "--http-address", http_address)
+        super().__init__("gateway", *addresses, *arguments, cwd=cwd, **environment)
