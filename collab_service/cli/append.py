@@ -1,14 +1,10 @@
 """`collab append`: one event, or everything that comes through a pipe."""
 
 import asyncio
-import os
 import re
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,20 +12,13 @@ import typer
 
 from collab_service.cli.connection import SessionName, Target, connected, find_session
 from collab_service.cli.failure import CommandError, ExitStatus, status_of
+from collab_service.cli.line_reader import LineReader
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
 from collab_service.client import DEFAULT_TARGET, CollabClient, InvalidRequest, NewEvent, ServiceError
 from collab_service.client.json_form import event_form
 from collab_service.model.payload import json_object_problem
 
-_BATCH_BYTES = 2 * 1024 * 1024
-_LINE_BYTES = 64 * 1024 * 1024
-"""A longer line is no event: the service takes payloads of 1 MiB, unless configured."""
-_AHEAD_BYTES = 8 * 1024 * 1024
-"""How much is read while a batch is being appended."""
-_LINE_OVERHEAD = 64
-"""Bytes that a line takes in memory besides its own."""
-_CHUNK_BYTES = 64 * 1024
 _LAST_WAIT = 5.0
 """Seconds after Ctrl-C in which an append that is on its way may still be answered."""
 _SPACE = " \t\r"
@@ -146,7 +135,7 @@ class _Pipe:
         try:
             with progress(self._output, hidden=typed) as bar:
                 task = bar.add_task("append", total=None)
-                async for lines in _Input(batch).batches():
+                async for lines in LineReader(batch).batches():
                     await self._append(lines)
                     bar.update(task, completed=self._events)
         except (asyncio.CancelledError, ServiceError, CommandError) as error:
@@ -253,91 +242,3 @@ def _refusal(error: InvalidRequest, count: int) -> tuple[int | None, str]:
         place = min(problems)
         return place, ";".join(problems[place])
     return 0 if count == 1 else None, f" is refused: {error}"
-
-
-class _Input:
-    """The lines of standard input, read ahead by a thread for which nothing has to wait when the command ends."""
-
-    def __init__(self, batch: int) -> None:
-        self._batch = batch
-        self._loop = asyncio.get_running_loop()
-        self._lines: deque[bytes] = deque()
-        self._bytes = 0
-        self._ended = False
-        self._error: CommandError | None = None
-        self._room = threading.Condition()
-        """Guards what stands above; told when there is room again."""
-        self._changed = asyncio.Event()
-        threading.Thread(target=self._read, daemon=True, name="standard-input").start()
-
-    async def batches(self) -> AsyncIterator[list[bytes]]:
-        """Yield what has come, as soon as there is something, and so many lines at most."""
-        while True:
-            lines = self._take()
-            if lines:
-                yield lines
-                await asyncio.sleep(0)  # so that blank lines without end can be interrupted
-            elif self._error is not None:
-                raise self._error
-            elif self._ended:
-                return
-            else:
-                await self._changed.wait()
-
-    def _take(self) -> list[bytes]:
-        with self._room:
-            self._changed.clear()
-            lines: list[bytes] = []
-            size = 0
-            while self._lines and len(lines) < self._batch:
-                size += len(self._lines[0])
-                if lines and size > _BATCH_BYTES:
-                    break
-                lines.append(self._lines.popleft())
-                self._bytes -= len(lines[-1]) + _LINE_OVERHEAD
-            self._room.notify()
-            return lines
-
-    def _read(self) -> None:
-        """Read to the end, as far ahead as there is room."""
-        error = None
-        try:
-            for lines in _chunks_of_lines():
-                with self._room:
-                    self._room.wait_for(lambda: self._bytes < _AHEAD_BYTES)
-                    self._lines += lines
-                    self._bytes += sum(len(line) + _LINE_OVERHEAD for line in lines)
-                    self._wake()
-        except CommandError as reason:
-            error = reason
-        except OSError as reason:
-            error = CommandError(f"cannot read standard input: {reason.strerror}")
-        with self._room:
-            self._error, self._ended = error, True
-            self._wake()
-
-    def _wake(self) -> None:
-        with suppress(RuntimeError):  # the command has ended meanwhile
-            self._loop.call_soon_threadsafe(self._changed.set)
-
-
-def _chunks_of_lines() -> Iterator[list[bytes]]:
-    """Yield the lines of standard input as they come.
-
-    Not through `sys.stdin.buffer`: a thread that waits in it holds its lock, and Python aborts when it ends meanwhile.
-    """
-    file = sys.stdin.fileno()
-    number = 1
-    begun = bytearray()
-    while chunk := os.read(file, _CHUNK_BYTES):
-        *lines, rest = chunk.split(b"\n")
-        if lines:
-            lines[0] = bytes(begun + lines[0])
-            begun.clear()
-            yield lines
-            number += len(lines)
-        begun += rest
-        if len(begun) > _LINE_BYTES:
-            raise CommandError(f"line {number:,} is longer than {_LINE_BYTES:,} bytes")
-    if begun:
-        yield [bytes(begun)]

@@ -19,6 +19,8 @@ from collab_service.cli.output import events_in_words, progress
 from collab_service.client import DEFAULT_TARGET, BrokenLog, CollabClient, LogCheck, ServiceError, Session
 from collab_service.client.json_form import iso_time
 
+_GO_ON = "and the same command again goes on from there"
+
 
 def export(
     session: SessionName,
@@ -82,9 +84,12 @@ def _file(file: Path, session: Session) -> Iterator[tuple[LogCheck, BinaryIO]]:
         partial.rename(file)
     except (asyncio.CancelledError, ServiceError) as error:
         status = status_of(error) if isinstance(error, ServiceError) else ExitStatus.INTERRUPTED
-        raise CommandError(f"{str(error) or 'interrupted'}; {_go_on(partial, check)}", status) from error
+        held = f"{partial} holds {events_in_words(check.last_server_seq)}"
+        raise CommandError(f"{str(error) or 'interrupted'}; {held}, {_GO_ON}", status) from error
     except OSError as error:
-        raise CommandError(f"cannot write {partial}: {error.strerror}; {_go_on(partial, check)}") from error
+        # How much of what was written has come to the disk is not known here.
+        held = f"what {partial} holds is kept, {_GO_ON}" if check.last_server_seq else "nothing was exported"
+        raise CommandError(f"cannot write {partial}: {error.strerror}; {held}") from error
 
 
 def _refuse_to_replace(file: Path) -> None:
@@ -97,12 +102,6 @@ def _lock(out: BinaryIO, partial: Path) -> None:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CommandError(f"another export is writing {partial}; wait for it, or choose another name") from error
-
-
-def _go_on(partial: Path, check: LogCheck) -> str:
-    if not check.last_server_seq:
-        return "nothing was exported"
-    return f"what {partial} holds is kept, and the same command again goes on from there"
 
 
 def _begun(partial: Path, session: Session) -> tuple[LogCheck, int]:

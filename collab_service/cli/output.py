@@ -1,5 +1,6 @@
 """What commands print: columns and colours for people on a terminal, plain lines in pipes, JSON lines for programs."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,9 +111,14 @@ def session_lines(output: Output) -> Lines:
 
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON, in UTF-8 whatever the terminal's encoding is."""
-    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
-    if sys.stdout.line_buffering:  # it is a terminal
-        sys.stdout.flush()
+    text = msgspec.json.encode(value)
+    if not sys.stdout.isatty():
+        sys.stdout.buffer.write(text + b"\n")
+        return
+    # The same value, in which nothing that an author wrote can move the cursor.
+    shown = (c if c.isprintable() or c == "\t" else json.dumps(c)[1:-1] for c in text.decode())
+    sys.stdout.buffer.write("".join(shown).encode() + b"\n")
+    sys.stdout.flush()
 
 
 def say(sentence: str) -> None:

@@ -507,7 +507,8 @@ def test_an_export_that_is_interrupted(
             assert (other.returncode, err.decode()) == (1, told)
             process.send_signal(signal.SIGINT)
             _, err = await process.communicate()
-            told = f"what {partial} holds is kept, and the same command again goes on from there"
+            held = partial.read_bytes().count(b"\n") - 1
+            told = f"{partial} holds {held:,} events, and the same command again goes on from there"
             assert (process.returncode, err.decode()) == (130, f"collab: interrupted; {told}\n")
 
     asyncio.run(work())

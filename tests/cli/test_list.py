@@ -105,6 +105,20 @@ def test_json_is_utf_8_everywhere(server: ServeProcess, stub: CollabServiceStub)
     assert printed.decode("latin-1").endswith('{"text":"é\\U0001f600"}\n')
 
 
+def test_json_on_a_terminal(server: ServeProcess, stub: CollabServiceStub) -> None:
+    """There, what could move the cursor or hide something is escaped, and the JSON still says the same."""
+    session_id = new_session(stub)
+    text = "\x7f\u009b2J\u202e\u2028\U000e0001é"
+    append(stub, session_id, json=f'{{\t"text":\n"{text}"}}', actor_id="\x1b[2J\u009b")
+    with Terminal(server.grpc_address, "list", session_id, "-o", "json") as terminal:
+        status, shown = terminal.end()
+    assert status == 0
+    assert shown.removesuffix("\n").replace("\t", "").isprintable()
+    assert "\x1b" not in terminal.text
+    event = json.loads(shown)
+    assert (event["payload"], event["actorId"]) == ({"text": text}, "\x1b[2J\u009b")
+
+
 def test_tail_begins_where_it_is_told(server: ServeProcess, stub: CollabServiceStub) -> None:
     """With `--new` it shows what comes from now on, and no event from before; by room, and by type, in JSON."""
     room = unique()
