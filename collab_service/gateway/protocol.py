@@ -19,6 +19,11 @@ class Protocol(HttpToolsProtocol):
 
     _unfinished = 0
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer has begun and is not complete."""
+        return self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+
     def data_received(self, data: bytes) -> None:
         """Take what a client sends."""
         self._unfinished += len(data)
@@ -49,8 +54,7 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus, code: str, message: str) -> None:
         if self.transport.is_closing():
             return
-        is_answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if is_answering or self.pipeline:
+        if self.is_answering or self.pipeline:
             self.transport.abort()  # this would come in the middle of another answer
             return
         request_id = uuid.uuid4().hex

@@ -98,7 +98,7 @@ class GatewayServer:
             await self._cut_off()
         await asyncio.sleep(min(_LINGER, grace))
         for connection in list(self._uvicorn.server_state.connections):
-            if connection.cycle is not None and connection.cycle.scope["state"].get(FOLLOWS):
+            if isinstance(connection, Protocol) and connection.is_answering and connection.scope["state"].get(FOLLOWS):
                 connection.transport.abort()  # it has not taken the end of what it follows, as a page that sleeps
         self._uvicorn.config.timeout_graceful_shutdown = math.ceil(grace)
         self._uvicorn.should_exit = True

@@ -5,6 +5,9 @@ from typing import Any
 
 import httpx
 
+from collab_service.v1 import collab_service_pb2 as pb
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
+
 TIMEOUT = 30.0
 JSON = {"content-type": "application/json"}
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -86,3 +89,10 @@ def events(http: httpx.Client, session_id: int, **query: Any) -> list[Any]:
     """Return a session's events."""
     listed: list[Any] = answered(http.get("/api/collab/events", params={"sessionId": session_id, **query}))
     return listed
+
+
+def write(stub: CollabServiceStub, session_id: int, *, count: int, payload: str, at_once: int) -> None:
+    """Append many events, past the gateway."""
+    batch = [pb.NewEvent(json=payload)] * at_once
+    for _ in range(count // at_once):
+        stub.AppendEvents(pb.AppendEventsRequest(session_id=session_id, events=batch), timeout=TIMEOUT)

@@ -1,14 +1,17 @@
 """The gateway inside the shared server, one in a process of its own, and one whose service accepts little."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.conftest import assert_no_call_was_left
-from tests.gateway.calls import open_http
+from tests.gateway.calls import open_http, write
 from tests.processes import GatewayProcess, ServeProcess
+from tests.rpc.calls import new_session
 
 ORIGIN = "https://app.example"
 """Whose pages may call the gateway of `small_server` from a browser."""
@@ -53,3 +56,11 @@ def small_http(small_server: ServeProcess) -> Iterator[httpx.Client]:
     """A client of the gateway inside `small_server`."""
     with open_http(small_server.http_address) as http:
         yield http
+
+
+@pytest.fixture(scope="session")
+def large(stub: CollabServiceStub) -> int:
+    """A session of 60 MB, more than fits into what lies between the database and a client that does not read."""
+    session_id = new_session(stub)
+    write(stub, session_id, count=2_000, payload=json.dumps({"text": "x" * 30_000}), at_once=100)
+    return session_id

@@ -7,23 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
-from tests.gateway.calls import TIMEOUT, open_http
-from tests.gateway.wire import WireError, connected, request_bytes
+from tests.gateway.calls import open_http, write
+from tests.gateway.wire import ARRAY, EVENTS, LINES, WireError, connected, list_request
 from tests.memory import resident_kilobytes
 from tests.processes import GatewayProcess, ServeProcess
 from tests.rpc.calls import new_session
 
-ARRAY, LINES, EVENTS = "application/json", "application/x-ndjson", "text/event-stream"
 MILLION = 1_000_000
-
-
-def write(stub: CollabServiceStub, session_id: int, *, count: int, payload: str, at_once: int) -> None:
-    """Append many events."""
-    batch = [pb.NewEvent(json=payload)] * at_once
-    for _ in range(count // at_once):
-        stub.AppendEvents(pb.AppendEventsRequest(session_id=session_id, events=batch), timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +23,6 @@ def many(stub: CollabServiceStub) -> int:
     session_id = new_session(stub)
     write(stub, session_id, count=20_000, payload='{"text":"x"}', at_once=1_000)
     return session_id
-
-
-@pytest.fixture(scope="session")
-def large(stub: CollabServiceStub) -> int:
-    """A session of 60 MB, more than fits into what lies between the database and a client that does not read."""
-    session_id = new_session(stub)
-    write(stub, session_id, count=2_000, payload=json.dumps({"text": "x" * 30_000}), at_once=100)
-    return session_id
-
-
-def list_request(session_id: int, accept: str = ARRAY, version: str = "1.1") -> bytes:
-    """Return the request for a session's events."""
-    path = f"/api/collab/events?sessionId={session_id}"
-    return request_bytes(path, version=version, headers={"accept": accept})
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])

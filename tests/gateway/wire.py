@@ -6,6 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Self
 
+ARRAY, LINES, EVENTS = "application/json", "application/x-ndjson", "text/event-stream"
+"""The forms of a list of events."""
+
 _PATIENCE = 30.0
 _SMALL_BUFFER = 4_096
 
@@ -19,6 +22,12 @@ def request_bytes(
     if body:
         lines.append(f"content-length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def list_request(session_id: int, accept: str = ARRAY, version: str = "1.1") -> bytes:
+    """Return the request for a session's events."""
+    path = f"/api/collab/events?sessionId={session_id}"
+    return request_bytes(path, version=version, headers={"accept": accept})
 
 
 class WireError(Exception):
