@@ -16,7 +16,7 @@ from collab_service.cli.line_reader import LineReader
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
 from collab_service.client import DEFAULT_TARGET, CollabClient, InvalidRequest, NewEvent, ServiceError
-from collab_service.client.json_form import event_form
+from collab_service.client.json_form import line_form
 from collab_service.model.payload import json_object_problem
 
 _LAST_WAIT = 5.0
@@ -89,7 +89,7 @@ def append(
             event = NewEvent(payload, actor_id=actor, type=type_, client_seq=client_seq, idempotency_key=key)
             stored, replayed = await client.append(session_id, event, expected_last_server_seq=expect)
         if output is Output.JSON:
-            print_json(event_form(stored))
+            print_json(line_form(stored))
         elif replayed:
             say(f"Event {stored.server_seq} of session {session_id} has this key and content already")
         else:

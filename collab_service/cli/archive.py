@@ -20,7 +20,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.client import BrokenLog, Event, LogCheck, Session
-from collab_service.client.json_form import EventForm, SessionForm, event_form, one_line, session_form
+from collab_service.client.json_form import EventForm, SessionForm, line_form, one_line, session_form
 from collab_service.model.limits import MAX_INT64
 
 FORMAT = "collab-session"
@@ -68,7 +68,7 @@ def is_begun_header(line: bytes) -> bool:
 
 def event_line(event: Event) -> bytes:
     """Return the line of an event."""
-    form = event_form(event)
+    form = line_form(event)
     line = msgspec.json.encode(form)
     text = event.payload
     if isinstance(text, str) and (bytes(form.payload) != text.encode() or text != text.strip()):

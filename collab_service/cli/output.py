@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from collab_service.client import Event, Session
-from collab_service.client.json_form import event_form, iso_time, session_form
+from collab_service.client.json_form import iso_time, line_form, session_form
 
 
 class Output(StrEnum):
@@ -61,7 +61,7 @@ class Lines:
     def print(self, item: Any) -> None:
         """Print a session or an event."""
         if self._output is Output.JSON:
-            print_json(session_form(item) if isinstance(item, Session) else event_form(item))
+            print_json(session_form(item) if isinstance(item, Session) else line_form(item))
         elif self._console.is_terminal:
             if not self._titled:
                 self._titled = True

@@ -1,6 +1,7 @@
 """Sessions and events as JSON, in the shapes of the public contract's HTTP half."""
 
 import base64
+from collections.abc import Callable
 from datetime import datetime
 
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -57,8 +58,13 @@ def session_form(session: Session) -> SessionForm:
     )
 
 
-def event_form(event: Event) -> EventForm:
-    """Return an event in its JSON form, which is one line: line breaks between the payload's tokens become spaces."""
+def line_form(event: Event) -> EventForm:
+    """Return an event in the JSON form that is one line: line breaks between the payload's tokens become spaces."""
+    return event_form(event, one_line)
+
+
+def event_form(event: Event, text_of: Callable[[str], str] = str) -> EventForm:
+    """Return an event in its JSON form, with the payload's text as `text_of` makes it: as it is, unless given."""
     payload = event.payload
     return EventForm(
         event.id,
@@ -67,7 +73,7 @@ def event_form(event: Event) -> EventForm:
         event.client_seq,
         event.server_seq,
         event.type,
-        Raw(one_line(payload).encode()) if isinstance(payload, str) else _NULL,
+        Raw(text_of(payload).encode()) if isinstance(payload, str) else _NULL,
         event.hash,
         base64.b64encode(event.signature).decode() if event.signature else None,
         event.idempotency_key,

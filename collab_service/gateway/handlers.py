@@ -1,6 +1,6 @@
 """The calls. Each does four things: read the request, call the service, convert, answer."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from http import HTTPStatus
 from urllib.parse import urlencode
@@ -9,8 +9,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from collab_service.client import CollabClient, Session
-from collab_service.client.json_form import EventForm, SessionForm, event_form, iso_time, session_form
+from collab_service.client import CollabClient, Event, Session
+from collab_service.client.json_form import EventForm, SessionForm, event_form, iso_time, line_form, session_form
 from collab_service.gateway.errors import invalid
 from collab_service.gateway.forms import (
     WHAT_IS_RIGHT,
@@ -140,17 +140,19 @@ class Handlers:
             answer: Response = await self._followers.answer(self._client, query, since, types)
             request.scope["state"][FOLLOWS] = True
         elif JSON_LINES in accept:
-            answer = await begun(lines(self._events(query, types)), JSON_LINES)
+            answer = await begun(lines(self._events(query, types, line_form)), JSON_LINES)
         else:
-            answer = await begun(array(self._events(query, types)), JSON)
+            answer = await begun(array(self._events(query, types, event_form)), JSON)
         answer.headers["vary"] = "Accept"
         return answer
 
-    async def _events(self, query: EventsQuery, types: list[str]) -> AsyncIterator[Iterable[EventForm]]:
+    async def _events(
+        self, query: EventsQuery, types: list[str], form: Callable[[Event], EventForm]
+    ) -> AsyncIterator[Iterable[EventForm]]:
         pages = self._client.read_pages(query.session_id, since=query.since_server_seq, limit=query.limit, types=types)
         async with aclosing(pages):
             async for page in pages:
-                yield map(event_form, page.events)
+                yield map(form, page.events)
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._max_body_bytes)

@@ -22,7 +22,7 @@ from collab_service.client import (
     SessionNotFound,
     Unavailable,
 )
-from collab_service.client.json_form import event_form
+from collab_service.client.json_form import line_form
 from collab_service.gateway.forms import EventsQuery
 
 FOLLOWS = "follows"
@@ -159,4 +159,4 @@ class Followers:
 
 
 def _event(event: Event) -> bytes:
-    return b"id: %d\ndata: %b\n\n" % (event.server_seq, _encode(event_form(event)))
+    return b"id: %d\ndata: %b\n\n" % (event.server_seq, _encode(line_form(event)))
