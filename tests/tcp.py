@@ -28,6 +28,8 @@ class TcpProxy:
         """Calls that clients have sent, each attempt counted."""
         self.cuts = 0
         """Connections that were cut as `lose_answer` and `cut_after` asked for."""
+        self.accepted = 0
+        """Connections that were accepted."""
         self.refused = 0
         """Connections that were not accepted."""
         self._connections: set[_Pair] = set()
@@ -103,6 +105,7 @@ class TcpProxy:
             self.refused += 1
             to_client.close()
             return
+        self.accepted += 1
         host, _, port = self.server_address.rpartition(":")
         try:
             server, to_server = await asyncio.open_connection(host, int(port))

@@ -121,9 +121,12 @@ def wheel(run_directory: Path) -> Path:
 
 
 def test_the_wheel_holds_what_it_needs(wheel: Path) -> None:
-    """Migrations and type information travel in the wheel; tests, caches and protos do not."""
+    """Migrations, pages and type information travel in the wheel; tests, caches and protos do not."""
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "collab_service/py.typed" in names
+    pages = {path.name for path in (REPOSITORY / "collab_service" / "gateway" / "static").iterdir()}
+    assert {"inspector.html", "docs.html"} <= pages
+    assert {f"collab_service/gateway/static/{name}" for name in pages} <= names
     assert "collab_service/migrations/env.py" in names
     revisions = {path.name for path in (REPOSITORY / "migrations" / "versions").glob("*.py")}
     assert {f"collab_service/migrations/versions/{name}" for name in revisions} <= names

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from collab_service.rpc.boundary import REQUEST_ID_KEY
+from collab_service.rpc.boundary import REQUEST_ID_KEY, Context
 from collab_service.rpc.server import SERVICE
 from collab_service.rpc.status import DETAILS_KEY, DOMAIN
 
@@ -51,10 +51,15 @@ class Refusal:
 
 
 class AnsweringService:
-    """Answers calls, whatever they ask for, with what was given, one after the other; the last one for ever."""
+    """Answers calls, whatever they ask for, with what was given, one after the other; the last one for ever.
+
+    A stream takes messages until there comes a refusal, or none.
+    """
 
     def __init__(self, *answers: Refusal | Message) -> None:
         self._answers = list(answers)
+        self.requests: list[bytes] = []
+        """What they asked for."""
         self.times: list[float] = []
         """When calls came, by the loop's clock."""
 
@@ -79,12 +84,22 @@ class AnsweringService:
     async def __aexit__(self, *_: object) -> None:
         await self._server.stop(None)
 
-    async def _answer(self, request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    async def _answer(self, request: bytes, context: Context) -> bytes:
+        self._count(request)
+        return await self._next(context)
+
+    async def _stream(self, request: bytes, context: Context) -> None:
+        self._count(request)
+        await context.write(await self._next(context))
+        while len(self._answers) > 1:
+            await context.write(await self._next(context))
+
+    def _count(self, request: bytes) -> None:
+        self.requests.append(request)
         self.times.append(asyncio.get_running_loop().time())
+
+    async def _next(self, context: Context) -> bytes:
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         if isinstance(answer, Refusal):
             await context.abort(answer.code, answer.message, answer.trailing)
         return answer.SerializeToString()
-
-    async def _stream(self, request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.write(await self._answer(request, context))

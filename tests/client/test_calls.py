@@ -292,6 +292,19 @@ async def test_tls(server: ServeProcess, certificate: tuple[Path, Path]) -> None
                 assert (type(error), error.side_effects) == (Unavailable, "none")
 
 
+async def test_connections(server: ServeProcess) -> None:
+    """Clients of one process share a connection, unless they are told to have their own."""
+    for options, connections in (((), 1), ([("grpc.use_local_subchannel_pool", 1)], 2)):
+        async with (
+            TcpProxy(server.grpc_address) as proxy,
+            CollabClient(proxy.address, options=options) as one,
+            CollabClient(proxy.address, options=options) as other,
+        ):
+            assert await one.is_serving()
+            assert await other.is_serving()
+            assert proxy.accepted == connections
+
+
 async def test_the_stub_is_there(client: CollabClient) -> None:
     """Who wants the protobuf messages calls the generated stub on the same connection."""
     session, _ = await client.create_session()

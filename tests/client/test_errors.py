@@ -370,7 +370,8 @@ async def test_no_answer_in_time(cut_client: CollabClient, proxy: TcpProxy) -> N
     assert (type(reading), reading.side_effects) == (DeadlineExceeded, "none")
     writing = await failure(cut_client.append(session.id, NewEvent(), timeout=0.2))
     assert (type(writing), writing.side_effects) == (DeadlineExceeded, "unknown")
-    following = await failure(anext(cut_client.follow(session.id, timeout=0.2)))
+    async with asyncio.timeout(3):  # before the connection is found to be dead
+        following = await failure(anext(cut_client.follow(session.id, timeout=0.2)))
     assert (type(following), following.side_effects) == (Unavailable, "none")
     proxy.release()
 

@@ -215,6 +215,18 @@ async def test_the_timeout_is_kept(proxy: TcpProxy, client: CollabClient) -> Non
         )
 
 
+async def test_a_service_that_is_slow_to_greet(cut_client: CollabClient, proxy: TcpProxy) -> None:
+    """A connection may take some seconds to come about; it is not given up for another, which would be as slow."""
+    proxy.hold()
+    call = asyncio.ensure_future(cut_client.create_session())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2.5):  # which is what is tested
+            await asyncio.shield(call)
+    proxy.release()
+    assert (await call).created
+    assert proxy.accepted == 1
+
+
 async def test_how_often_is_bounded(proxy: TcpProxy, client: CollabClient) -> None:
     """With one attempt nothing is sent again, not even what harms nobody; with three, two are."""
     session, _ = await client.create_session()
