@@ -137,6 +137,3 @@ def own_cluster(directory: Path) -> Iterator[Cluster]:
     yield cluster
     cluster.stop()
     data.release()
-
-
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"  # the tests start processes and never fork

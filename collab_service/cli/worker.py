@@ -5,6 +5,7 @@ ends, which it does when the parent dies.
 """
 
 import asyncio
+import os
 import pickle
 import sys
 from contextlib import suppress
@@ -33,8 +34,7 @@ async def _work(order: Order) -> int:
     def ready(address: str, http_address: str | None) -> None:
         _log.info("worker serving", grpc_address=address, http_address=http_address)
         with suppress(BrokenPipeError):  # the parent has died, which it hears in a moment
-            sys.stdout.buffer.write(READY)
-            sys.stdout.buffer.flush()
+            os.write(sys.stdout.fileno(), READY)  # unbuffered: nothing is left for Python to complain about at its end
 
     loop.add_reader(sys.stdin.fileno(), parent_has_died)
     return await run_server(order.config, order.url, stop, on_serving=ready)

@@ -126,7 +126,8 @@ class Appended(NamedTuple):
 
     event: Event
     replayed: bool
-    """True when an earlier call had stored it, by its idempotency key."""
+    """True when an earlier call had stored it, by its idempotency key. With a key of the caller's own that may have
+    been an attempt of this call that was cut off."""
 
 
 class AppendedBatch(NamedTuple):

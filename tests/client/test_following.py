@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -45,7 +45,6 @@ class Load:
     done: bool = False
     written: int = 0
     """Events so far."""
-    errors: list[BaseException] = field(default_factory=list)
 
     async def write(self, client: CollabClient, writer: int) -> None:
         """Append singly and in batches until told that it is enough."""
