@@ -85,6 +85,8 @@ class Database:
             hide_parameters=True,  # what people wrote does not belong into logs, where the driver's errors go
         )
         event.listen(self._engine.sync_engine, "checkout", _refuse_hung_up)
+        event.listen(self._engine.sync_engine, "checkin", self._close_if_late)
+        self._disposed = False
 
     async def connect(self) -> DriverConnection:
         """Open a connection outside the pool; the caller closes it."""
@@ -146,8 +148,14 @@ class Database:
                         await driver.set_autocommit(False)
 
     async def dispose(self) -> None:
-        """Close the pool."""
+        """Close the pool; connections that are still lent are closed when they come back."""
+        self._disposed = True
         await self._engine.dispose()
+
+    def _close_if_late(self, adapted: Any, record: Any) -> None:
+        # The pool it goes back to is gone, and would leave it open until it is collected as garbage.
+        if self._disposed and adapted is not None:
+            adapted.driver_connection.pgconn.finish()
 
 
 class Pulse:
