@@ -12,6 +12,10 @@ COMMITTED = b"C\0\0\0\x0bCOMMIT\0"
 """The server's message that a COMMIT was carried out."""
 INSERTING = b"\0insert\0"
 """Part of the client's message that binds the insert of events."""
+INSERTING_BEHIND_HEADS = b"\0insert_behind_heads\0"
+"""The same for the one statement that is a whole transaction."""
+INSERTED = b"C\0\0\0\x0dSELECT 1\0Z"
+"""The server's message that this statement was committed."""
 
 
 class PostgresProxy:
@@ -22,15 +26,29 @@ class PostgresProxy:
         self._directory = Path(tempfile.mkdtemp(prefix="collab-proxy-"))
         self.url = make_conninfo(url, host=str(self._directory))
         self._client_word: bytes | None = None
+        self._late = False
+        self._delayed: tuple[bytes, asyncio.StreamWriter] | None = None
         self._server_word: bytes | None = None
         self._refusing = False
         self._connections: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.cuts = 0
 
-    def cut_before_client_says(self, word: bytes) -> None:
-        """Lose the next connection when the client sends `word`, which does not get through."""
+    def cut_before_client_says(self, word: bytes, *, late: bool = False) -> None:
+        """Lose the next connection when the client sends `word`, which does not get through.
+
+        Args:
+            word: The bytes.
+            late: It gets through when `send_what_is_late` is called; the server does not notice the cut before.
+        """
         self._client_word = word
+        self._late = late
+
+    def send_what_is_late(self) -> None:
+        """Let the server have what was held back."""
+        assert self._delayed is not None
+        data, sink = self._delayed
+        sink.write(data)
 
     def cut_before_server_says(self, word: bytes, *, stay_away: bool = False) -> None:
         """Lose the next connection when the server sends `word`, which does not get through.
@@ -75,7 +93,7 @@ class PostgresProxy:
         self,
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
-        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        pair: tuple[asyncio.StreamWriter, ...],
         from_server: bool,
     ) -> None:
         try:
@@ -88,6 +106,9 @@ class PostgresProxy:
                 if not from_server and self._client_word is not None and self._client_word in data:
                     self._client_word = None
                     self.cuts += 1
+                    if self._late:
+                        self._delayed = data, sink
+                        pair = pair[:1]  # the one that is closed
                     return
                 sink.write(data)
                 await sink.drain()

@@ -14,6 +14,7 @@ from collab_service import __version__
 from collab_service.addresses import join_address, split_address
 from collab_service.config import Config
 from collab_service.gateway.server import GatewayConfig, GatewayServer
+from collab_service.metrics import GatewayMetrics, Metrics, ServiceMetrics
 from collab_service.rpc.server import Server
 
 _log = structlog.get_logger(__name__)
@@ -31,13 +32,14 @@ def stop_event() -> asyncio.Event:
 
 
 async def run_server(
-    config: Config, url: str, stop: asyncio.Event, *, on_serving: Callable[[str, str | None], None]
+    config: Config, url: str, metrics: Metrics, stop: asyncio.Event, *, on_serving: Callable[[str, str | None], None]
 ) -> int:
     """Serve until told to stop; told again, stop at once.
 
     Args:
         config: The settings.
         url: The database; its schema must be there.
+        metrics: The process's.
         stop: What tells.
         on_serving: Called with the addresses once the ports are open; the gateway's is None where there is none.
 
@@ -45,14 +47,19 @@ async def run_server(
         The exit status: 1 when a part of the server has died.
     """
     life = _Life(stop, config.shutdown_grace)
-    server = Server(config, url, on_death=life.died)
+    server = Server(config, url, metrics=ServiceMetrics(metrics), on_death=life.died)
+    gateway_metrics = GatewayMetrics(metrics)
     gateway: GatewayServer | None = None
 
     async def start() -> None:
         nonlocal gateway
         address, http_address = await server.start(), None
         if config.http_address is not None:
-            gateway = GatewayServer(_gateway_config(config, config.http_address, address), on_death=life.died)
+            gateway = GatewayServer(
+                _gateway_config(config, config.http_address, address),
+                metrics=gateway_metrics,
+                on_death=life.died,
+            )
             http_address = await gateway.start()
         on_serving(address, http_address)
 
@@ -72,7 +79,7 @@ async def run_gateway(config: GatewayConfig, grace: float) -> int:
         grace: Seconds that requests in progress get to finish.
     """
     life = _Life(stop_event(), grace)
-    gateway = GatewayServer(config, on_death=life.died)
+    gateway = GatewayServer(config, metrics=GatewayMetrics(Metrics()), on_death=life.died)
 
     async def start() -> None:
         address = await gateway.start()

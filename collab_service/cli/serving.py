@@ -18,6 +18,7 @@ from collab_service.cli.workers import Workers
 from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.logs import LogFormat, configure_logs
+from collab_service.metrics import Metrics
 from collab_service.model.errors import CollabError, StorageUnavailable
 from collab_service.storage import schema
 from collab_service.storage.driver_errors import cause_of
@@ -159,7 +160,7 @@ async def _serve(config: Config, url: str, cluster: Cluster | None, log_format: 
         tasks.spawn(_keep_running(cluster, config), "postgres")
     try:
         if config.workers == 1:
-            status = await run_server(config, url, stop, on_serving=log_serving)
+            status = await run_server(config, url, Metrics(), stop, on_serving=log_serving)
         else:
             status = await Workers(config, url, log_format).run(stop)
         return status or int(keeper_died.is_set())

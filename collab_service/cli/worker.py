@@ -18,6 +18,7 @@ from collab_service.cli.process import run_server, stop_event
 from collab_service.cli.serving import server_errors
 from collab_service.cli.workers import READY, Order
 from collab_service.logs import configure_logs
+from collab_service.metrics import Metrics
 
 _log = structlog.get_logger(__name__)
 
@@ -37,7 +38,8 @@ async def _work(order: Order) -> int:
             os.write(sys.stdout.fileno(), READY)  # unbuffered: nothing is left for Python to complain about at its end
 
     loop.add_reader(sys.stdin.fileno(), parent_has_died)
-    return await run_server(order.config, order.url, stop, on_serving=ready)
+    metrics = Metrics(order.metrics_files, order.number)
+    return await run_server(order.config, order.url, metrics, stop, on_serving=ready)
 
 
 def main() -> None:

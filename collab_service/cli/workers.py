@@ -17,6 +17,7 @@ from collab_service.addresses import held_address
 from collab_service.cli.process import log_serving
 from collab_service.config import Config
 from collab_service.logs import LogFormat
+from collab_service.metrics import SharedFiles
 
 _log = structlog.get_logger(__name__)
 
@@ -37,6 +38,7 @@ class Order:
     config: Config
     url: str
     log_format: LogFormat
+    metrics_files: SharedFiles
 
 
 class Workers:
@@ -65,7 +67,7 @@ class Workers:
         Raises:
             AddressError: The port cannot be had.
         """
-        with ExitStack() as ports:
+        with ExitStack() as ports, SharedFiles.temporary() as self._metrics_files:
             grpc_address = ports.enter_context(held_address(self._config.grpc_address, option="--grpc-address"))
             http_address = self._config.http_address
             if http_address is not None:
@@ -121,13 +123,15 @@ class Workers:
         try:
             if self._stopping.is_set():
                 process.terminate()
-            process.stdin.write(pickle.dumps(Order(number, self._config, self._url, self._log_format)))
+            order = Order(number, self._config, self._url, self._log_format, self._metrics_files)
+            process.stdin.write(pickle.dumps(order))
             if await process.stdout.readline() == READY and number not in self._served:
                 self._served.add(number)
                 if len(self._served) == self._config.workers:
                     log_serving(self._config.grpc_address, self._config.http_address, workers=self._config.workers)
             return await process.wait()
         finally:
+            self._metrics_files.forget_states_of(number)
             del self._processes[number]
 
     async def _stop(self, again: asyncio.Event) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -28,11 +29,12 @@ from collab_service.gateway.errors import (
     internal_answer,
     stopping_answer,
 )
+from collab_service.gateway.forms import MetricsQuery
 from collab_service.gateway.handlers import JSON, Handlers
 from collab_service.gateway.openapi import document
 from collab_service.gateway.operations import OPERATIONS
 from collab_service.gateway.pages import page_routes
-from collab_service.gateway.requests import id_of
+from collab_service.gateway.requests import id_of, query_of
 from collab_service.gateway.streams import CutOff, Followers
 
 _log = structlog.get_logger(__name__)
@@ -44,18 +46,32 @@ _READY_TIMEOUT = 2.0
 """Seconds for the service to say that it is well."""
 
 
+class Metrics(Protocol):
+    """What is known of the process, and of the requests."""
+
+    def answered(self, method: str, route: str | None, status: int) -> None:
+        """Count a request whose answer has begun."""
+
+    def exposition(self, accept: str, *, per_worker: bool) -> tuple[bytes, str]:
+        """Return the metrics as text, and its content type."""
+
+
 class Gateway:
     """The application, and its state."""
 
-    def __init__(self, client: CollabClient, *, cors_origins: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(
+        self, client: CollabClient, metrics: Metrics, *, cors_origins: Sequence[str], max_body_bytes: int
+    ) -> None:
         """Prepare.
 
         Args:
             client: The service; its context must be entered before requests come.
+            metrics: Counts the requests, and answers what is at `/metrics`.
             cors_origins: Origins whose pages may call from a browser; `*` for all.
             max_body_bytes: What a request may bring.
         """
         self._client = client
+        self._metrics = metrics
         self._draining = False
         self.followers = Followers()
         handlers = Handlers(client, self.followers, max_body_bytes)
@@ -67,6 +83,7 @@ class Gateway:
         routes += [
             Route("/healthz", self._healthz, methods=["GET"]),
             Route("/readyz", self._readyz, methods=["GET"]),
+            Route("/metrics", self._scraped, methods=["GET"]),
             Route("/openapi.json", self._openapi, methods=["GET"]),
             Route("/inspector/followers/{id}", self._followers, methods=["GET"]),
             *page_routes(),
@@ -82,8 +99,9 @@ class Gateway:
                     expose_headers=["Link", "Retry-After", "X-Request-Id"],
                 ),
             )
+        routes = _one_route_a_path(routes)
         inner = Starlette(
-            routes=_one_route_a_path(routes),
+            routes=routes,
             middleware=middleware,
             exception_handlers={
                 RequestError: _refused,
@@ -94,7 +112,7 @@ class Gateway:
             },
         )
         inner.router.redirect_slashes = False
-        self.app: ASGIApp = _Boundary(inner)
+        self.app: ASGIApp = _Boundary(inner, metrics, {route.endpoint: route.path for route in routes})
 
     def drain(self) -> None:
         """Be not ready from now on, and end what follows."""
@@ -116,6 +134,11 @@ class Gateway:
             return JSONResponse({"status": "not ready", "cause": cause}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ready"})
 
+    async def _scraped(self, request: Request) -> Response:
+        per_worker = query_of(request, MetricsQuery).per is not None
+        text, content_type = self._metrics.exposition(request.headers.get("accept", ""), per_worker=per_worker)
+        return Response(text, headers={"content-type": content_type})
+
     async def _openapi(self, request: Request) -> Response:
         return Response(self._document, media_type=JSON)
 
@@ -124,10 +147,13 @@ class Gateway:
 
 
 class _Boundary:
-    """Gives every request its id, and answers and logs what goes wrong; nothing internal leaves."""
+    """Gives every request its id, counts it, and answers and logs what goes wrong; nothing internal leaves."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Mapping[Any, str]) -> None:
+        """Surround `app`; `paths` are those of its routes, by their endpoints."""
         self._app = app
+        self._metrics = metrics
+        self._paths = paths
         self._compressing = GZipMiddleware(app, minimum_size=500, compresslevel=4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,6 +172,7 @@ class _Boundary:
             nonlocal started, ended
             if message["type"] == "http.response.start":
                 started = True
+                self._metrics.answered(scope["method"], self._paths.get(scope.get("endpoint")), message["status"])
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if scope["path"].startswith("/api/"):
                     _set_default(message["headers"], b"cache-control", b"no-store")

@@ -1,7 +1,7 @@
 """What requests bring, as types: they decode and validate requests, and the OpenAPI document is generated from them."""
 
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -53,6 +53,12 @@ class SessionEventBody(EventBody, frozen=True, rename="camel", forbid_unknown_fi
 
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """No parameters."""
+
+
+class MetricsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose metrics to show."""
+
+    per: Literal["worker"] | None = None
 
 
 class SessionsQuery(Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
@@ -125,6 +131,7 @@ WHAT_IS_RIGHT = {
     "signature": "bytes in base64 (RFC 4648, with padding)",
     "hash": "a string",
     "pageToken": "a string",
+    "per": "worker, or not be given",
 }
 """By field; every other is a string that is not empty."""
 

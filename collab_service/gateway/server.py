@@ -13,7 +13,7 @@ import uvicorn
 
 from collab_service.addresses import join_address, listening_socket, split_address
 from collab_service.client import CollabClient, RetryPolicy
-from collab_service.gateway.app import Gateway
+from collab_service.gateway.app import Gateway, Metrics
 from collab_service.gateway.protocol import Protocol
 from collab_service.gateway.streams import FOLLOWS
 
@@ -45,18 +45,21 @@ class GatewayConfig:
 class GatewayServer:
     """One process's gateway."""
 
-    def __init__(self, config: GatewayConfig, *, on_death: Callable[[], None]) -> None:
+    def __init__(self, config: GatewayConfig, *, metrics: Metrics, on_death: Callable[[], None]) -> None:
         """Prepare; `start` opens the port.
 
         Args:
             config: The settings.
+            metrics: Counts the requests, and answers what is at `/metrics`.
             on_death: Called when it has ended without being told to, after which the process has to go.
         """
         self._config = config
         self._on_death = on_death
         # One attempt: whoever calls is told what went wrong, and decides.
         self._client = CollabClient(config.target, retry=RetryPolicy(attempts=1))
-        self._gateway = Gateway(self._client, cors_origins=config.cors_origins, max_body_bytes=config.max_body_bytes)
+        self._gateway = Gateway(
+            self._client, metrics, cors_origins=config.cors_origins, max_body_bytes=config.max_body_bytes
+        )
         # Ours is the log: uvicorn's has a line for every client that leaves and every answer that is cut off.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._uvicorn = _Uvicorn(

@@ -28,6 +28,7 @@ class AppendConnections:
             connection = self._idle.pop() if self._idle else None
             if connection is None or not connection.usable:
                 connection = await PipelineConnection.open(self._database)
+                await connection.run(appending.KEEP_PLANS)
             try:
                 yield connection
             except BaseException:

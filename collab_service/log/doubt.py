@@ -3,8 +3,11 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import structlog
+from msgspec.structs import force_setattr
 
 from collab_service.log.connections import AppendConnections
 from collab_service.log.decide import Decision
@@ -25,9 +28,12 @@ Decisions = Sequence[tuple[Pending, Decision]]
 class InDoubt(Exception):
     """The connection was lost between sending a commit and reading its answer."""
 
-    def __init__(self, events: Sequence[Event], decisions: Decisions) -> None:
+    def __init__(self, events: Sequence[Event], decisions: Decisions, *, may_come_late: bool) -> None:
         self.events = events
         self.decisions = decisions
+        self.may_come_late = may_come_late
+        """Whether it may take place even after it was found that it has not: the statement that takes the locks was
+        sent with it, and may still be on its way. Once somebody else has written, it no longer can."""
 
 
 async def took_place(doubt: InDoubt, connections: AppendConnections) -> bool:
@@ -37,13 +43,12 @@ async def took_place(doubt: InDoubt, connections: AppendConnections) -> bool:
         CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
     """
     _log.warning("the connection was lost during a commit", events=len(doubt.events))
-    firsts = list({event.session_id: event for event in reversed(doubt.events)}.values())
     deadline = time.monotonic() + _RESOLVE
     pause = 0.02
     while any(not pending.answer.done() for pending, _ in doubt.decisions) and time.monotonic() < deadline:
         try:
             async with connections.lend() as connection:
-                if (answer := await _is_stored(connection, firsts)) is not None:
+                if (answer := await _is_stored(connection, doubt.events)) is not None:
                     return answer
         except CommitOutcomeUnknown:
             raise
@@ -54,24 +59,38 @@ async def took_place(doubt: InDoubt, connections: AppendConnections) -> bool:
     raise CommitOutcomeUnknown
 
 
-async def _is_stored(connection: PipelineConnection, firsts: Sequence[Event]) -> bool | None:
-    """Tell whether a transaction took place, by the first event that it would have added to each of its sessions.
+async def _is_stored(connection: PipelineConnection, events: Sequence[Event]) -> bool | None:
+    """Tell whether a transaction took place that would have added these events, and give them their ids if it did.
 
-    None when others hold those sessions just now. The lock of one is enough: once it is ours, the transaction in doubt
+    None when others hold their sessions just now. The lock of one is enough: once it is ours, the transaction in doubt
     has ended, and no other has taken its numbers since.
     """
-    locked = await appending.lock_sessions(connection, [event.session_id for event in firsts], [], new_ids=1)
-    first = next((event for event in firsts if event.session_id in locked.heads), None)
+    of_sessions = {session_id: list(some) for session_id, some in groupby(events, attrgetter("session_id"))}
+    locked = await appending.lock_sessions(connection, of_sessions, [])
+    first = next((some[0] for session_id, some in of_sessions.items() if session_id in locked.heads), None)
     if first is None:
         await connection.run(appending.ROLLBACK)
         if locked.held:
             return None
         raise CommitOutcomeUnknown
-    place = (first.session_id, first.server_seq)
-    stored = await appending.read_stored(connection, [(*place, first.server_seq)])
+    stored = await appending.read_stored(
+        connection, [(session_id, some[0].server_seq, some[-1].server_seq) for session_id, some in of_sessions.items()]
+    )
     await connection.run(appending.COMMIT)
     refuse_warnings(connection)
-    return place in stored and stored[place].chain_hash == first.chain_hash
+    there = stored.get((first.session_id, first.server_seq))
+    if there is None or there.chain_hash != first.chain_hash:
+        return False
+    if len(stored) < len(events):
+        raise CommitOutcomeUnknown  # a session has been deleted since
+    give_ids(events, [stored[event.session_id, event.server_seq].id for event in events])
+    return True
+
+
+def give_ids(events: Sequence[Event], ids: Sequence[int]) -> None:
+    """Set the ids of events that have just been stored, and that nobody else has seen yet."""
+    for event, id_ in zip(events, ids, strict=True):
+        force_setattr(event, "id", id_)
 
 
 def refuse_warnings(connection: PipelineConnection) -> None:

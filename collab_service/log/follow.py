@@ -8,9 +8,8 @@ that is too slow for the tail reads on from the table and holds nobody up.
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
 
-from collab_service.log.reading import Chunk, Page, Reader
+from collab_service.log.reading import Chunk, Page, Reader, give_up
 from collab_service.log.tail import Tail
 from collab_service.log.tails import PATIENCE, Tails
 from collab_service.model.errors import Overloaded, StorageUnavailable
@@ -26,7 +25,14 @@ _PAUSE = 0.5
 
 
 async def follow(
-    reader: Reader, tails: Tails, session_id: int, *, since: int, limit: int, types: frozenset[str]
+    reader: Reader,
+    tails: Tails,
+    session_id: int,
+    *,
+    since: int,
+    limit: int,
+    types: frozenset[str],
+    encoded: bool = False,
 ) -> AsyncGenerator[Page, None]:
     """Yield the events after `since`, then those that come; the first page at once, and one at least every 10 s.
 
@@ -39,6 +45,7 @@ async def follow(
         since: Read what comes after this number.
         limit: End after so many events; 0 means never.
         types: Only events of these types; none means all.
+        encoded: Read no more of them from the table than their bytes.
 
     Raises:
         SessionNotFound: There is no such session (any more).
@@ -48,7 +55,7 @@ async def follow(
         StorageUnavailable: The database was away when the follow began, or has been for half a minute since.
     """
     with tails.join(session_id) as tail:
-        follower = _Follower(reader, tails, tail, since, limit or MAX_INT64, types)
+        follower = _Follower(reader, tails, tail, since, limit or MAX_INT64, types, encoded=encoded)
         try:
             while (page := await follower.next()) is not None:
                 with reader.sending(page.size):
@@ -63,7 +70,15 @@ class _Follower:
     """A cursor in a session's log."""
 
     def __init__(
-        self, reader: Reader, tails: Tails, tail: Tail, position: int, limit: int, types: frozenset[str]
+        self,
+        reader: Reader,
+        tails: Tails,
+        tail: Tail,
+        position: int,
+        limit: int,
+        types: frozenset[str],
+        *,
+        encoded: bool,
     ) -> None:
         self._reader = reader
         self._tails = tails
@@ -71,6 +86,7 @@ class _Follower:
         self._position = position
         self._left = limit
         self._types = types
+        self._encoded = encoded
         self._loop = asyncio.get_running_loop()
         self._told: int | None = None
         """The last bookmark that was sent."""
@@ -88,7 +104,7 @@ class _Follower:
             page = await self._page()
             if page is not None:
                 self._position = page.through
-                self._left -= len(page.events)
+                self._left -= page.count
             is_first_at_the_head = self._told is None and page is None and self._read is None
             if (page is not None and page.chunks) or is_first_at_the_head or self._silence_left() <= 0:
                 self._told, self._told_at = self._position, self._loop.time()
@@ -98,7 +114,7 @@ class _Follower:
     def close(self) -> None:
         """Give up what is under way."""
         if self._read is not None:
-            _give_up(self._read)
+            give_up(self._read)
 
     async def _begin(self) -> None:
         """Find the head. The tail is there already, so nothing can slip in between."""
@@ -108,7 +124,7 @@ class _Follower:
             self._tail.check()
             self._tails.learn(self._tail, await looking)
         finally:
-            _give_up(looking)
+            give_up(looking)
 
     def _silence_left(self) -> float:
         """Return the seconds until the bookmark has to be sent."""
@@ -166,10 +182,5 @@ class _Follower:
             head=self._tail.head,
             types=self._types,
             count=self._left,
+            encoded=self._encoded,
         )
-
-
-def _give_up(task: asyncio.Task[Any]) -> None:
-    """Cancel a read whose result nobody wants, without waiting for the driver to be done with it."""
-    task.cancel()
-    task.add_done_callback(lambda task: task.cancelled() or task.exception())

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import structlog
 
+from collab_service.metrics import FollowMetrics
 from collab_service.model.errors import StorageUnavailable
 from collab_service.storage.database import Database
 from collab_service.storage.driver_errors import cause_of, driver_errors
@@ -35,16 +36,23 @@ class Notifications:
     """Two connections of their own: one that listens, and one that notifies."""
 
     def __init__(
-        self, database: Database, *, on_change: Callable[[Sequence[int]], None], on_listening: Callable[[], None]
+        self,
+        database: Database,
+        *,
+        metrics: FollowMetrics,
+        on_change: Callable[[Sequence[int]], None],
+        on_listening: Callable[[], None],
     ) -> None:
         """Prepare; `listen` and `send` do the work.
 
         Args:
             database: Where to connect.
+            metrics: Where notifications are counted.
             on_change: Called with the sessions that another process has changed.
             on_listening: Called each time when listening has begun: anything may have changed before.
         """
         self._database = database
+        self._metrics = metrics
         self._on_change = on_change
         self._on_listening = on_listening
         self._changed: dict[int, None] = {}
@@ -115,10 +123,12 @@ class Notifications:
             self._changed = changed | self._changed
             self._wake.set()
             raise
+        self._metrics.notified()
         if not self._changed:
             self._all_sent.set()
 
     def _hear(self, payload: str) -> None:
+        self._metrics.heard()
         session_ids = notifying.session_ids_of(payload)
         if session_ids is None:
             self._on_listening()

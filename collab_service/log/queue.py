@@ -9,7 +9,16 @@ from msgspec import Struct
 
 from collab_service.log.decide import AppendRequest, Decision
 from collab_service.model import QueueLimits
-from collab_service.model.errors import Overloaded
+from collab_service.model.errors import CommitOutcomeUnknown, Overloaded
+
+
+class Succession(Struct, eq=False):
+    """Requests of one caller that are carried out in the order in which they came.
+
+    Once one of them could not be carried out through no fault of its own, none of those behind it may be.
+    """
+
+    broken: bool = False
 
 
 class Pending(Struct, eq=False):
@@ -20,16 +29,98 @@ class Pending(Struct, eq=False):
     size: int
     """Bytes of payloads, and a little for each event."""
     answer: "asyncio.Future[Decision]"
+    since: float = 0.0
+    """When it came, by `time.perf_counter`."""
     give_up_at: float = math.inf
     """On the loop's clock: until when to wait for the session's row, once somebody else was found to hold it."""
+    succession: Succession | None = None
+    """The requests that it has to come behind of, if it is one of several."""
+    in_doubt: bool = False
+    """Whether a transaction with it may still take place, although it has not yet."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is still to be carried out."""
+        return not (self.answer.done() or (self.succession is not None and self.succession.broken))
+
+    def fail(self, error: Exception) -> Exception | None:
+        """Answer that it was not carried out, and return with what; None when it has an answer, or nobody waits.
+
+        Those behind it in its succession will not be carried out either.
+        """
+        if self.answer.done():
+            return None
+        if self.in_doubt:
+            error = CommitOutcomeUnknown()
+        self.answer.set_exception(error)
+        if self.succession is not None:
+            self.succession.broken = True
+        return error
 
 
-class _Line(Struct, eq=False):
+class Arrivals:
+    """How many events are ready to be taken together, and a place to wait for more."""
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self._wanted = 1
+        self._enough = asyncio.Event()
+
+    def add(self, events: int) -> None:
+        """Take note of events that have come, or (when negative) are gone."""
+        self.ready += events
+        if self.ready >= self._wanted:
+            self._enough.set()
+
+    async def wait_for(self, events: int) -> None:
+        """Wait until so many events are ready. One task may wait at a time."""
+        self._wanted = events
+        while self.ready < events:
+            self._enough.clear()
+            await self._enough.wait()
+
+
+class _Room:
+    """Callers who wait for room, the first one first."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def wait(self) -> None:
+        """Wait to be woken."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.wake()  # it was our turn, which is the next one's now
+            raise
+
+    def wake(self) -> None:
+        """Wake the first one, who wakes the next when there is room for both."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def wake_all(self) -> None:
+        """Wake everybody, as when nothing will be taken from here any more."""
+        while self._waiting:
+            self.wake()
+
+
+class _Line:
     """The requests of one session, in order."""
 
-    pending: deque[Pending]
-    size: int = 0
-    held: bool = False
+    def __init__(self, arrivals: Arrivals) -> None:
+        self.pending: deque[Pending] = deque()
+        self.events = 0
+        self.size = 0
+        self.room = _Room()
+        self.arrivals = arrivals
+        """Where its events are counted: with those of all lines, or apart while it is on hold."""
 
 
 class AppendQueue:
@@ -44,13 +135,22 @@ class AppendQueue:
         self._held: dict[int, _Line] = {}
         self._requests = 0
         self._size = 0
-        self.ready = 0
-        """The number of requests that `take` could take."""
-        self._wanted = 1
-        self._enough = asyncio.Event()
+        self._room = _Room()
+        self.arrivals = Arrivals()
+        """Of all that is not on hold."""
 
     def __len__(self) -> int:
         return self._requests
+
+    @property
+    def size(self) -> int:
+        """Bytes that wait."""
+        return self._size
+
+    @property
+    def held_sessions(self) -> int:
+        """Sessions on hold."""
+        return len(self._held)
 
     def put(self, pending: Pending) -> None:
         """Add a request at the end of its session's line.
@@ -58,23 +158,29 @@ class AppendQueue:
         Raises:
             Overloaded: There is no room. Nothing was added.
         """
-        limits = self._limits
-        if self._requests >= limits.requests or (self._size and self._size + pending.size > limits.bytes):
+        room = self._full(pending)
+        if room is self._room:
             raise Overloaded("too many appends are waiting on this server")
-        line = self._line(pending.request.session_id)
-        if line.pending and (
-            len(line.pending) >= limits.session_requests or line.size + pending.size > limits.session_bytes
-        ):
+        if room is not None:
             raise Overloaded("too many appends are waiting for this session")
-        line.pending.append(pending)
-        self._count(line, pending.size, 1)
+        self._append(pending)
+
+    async def put_when_there_is_room(self, pending: Pending) -> None:
+        """Add a request at the end of its session's line, as soon as there is room."""
+        waited_in: _Room | None = None
+        while (room := self._full(pending)) is not None:
+            waited_in = room
+            await room.wait()
+        self._append(pending)
+        if waited_in is not None:
+            waited_in.wake()  # there may be room for the next one, too
 
     def put_back(self, taken: list[Pending]) -> None:
         """Return requests to the front of their lines, in their order; there is always room for them."""
         for pending in reversed(taken):
             line = self._line(pending.request.session_id)
             line.pending.appendleft(pending)
-            self._count(line, pending.size, 1)
+            self._enter(line, pending)
 
     def remove(self, pending: Pending) -> bool:
         """Take out a request, as when its caller has left; False when it is not waiting (any more)."""
@@ -83,30 +189,30 @@ class AppendQueue:
         if line is None or pending not in line.pending:
             return False
         line.pending.remove(pending)
-        self._count(line, -pending.size, -1)
-        if not line.pending:
-            self._ready.pop(session_id, None)
+        self._leave(line, pending)
+        if not line.pending and self._ready.pop(session_id, None) is not None:
+            line.room.wake_all()
         return True
 
     def is_held(self, session_id: int) -> bool:
         """Tell whether a session is on hold."""
         return session_id in self._held
 
-    def hold(self, session_id: int) -> None:
-        """Keep the requests of a session, which is not on hold yet, from `take`, until `release`."""
-        line = self._ready.pop(session_id, None) or _Line(deque())
-        self.ready -= len(line.pending)
-        line.held = True
+    def hold(self, session_id: int) -> Arrivals:
+        """Keep the requests of a session, which is not on hold yet, from `take`, until `release`; count them apart."""
+        line = self._ready.pop(session_id, None) or _Line(self.arrivals)
         self._held[session_id] = line
+        self._count_at(line, Arrivals())
+        return line.arrivals
 
     def release(self, session_id: int) -> None:
         """End a session's hold."""
         line = self._held.pop(session_id)
+        self._count_at(line, self.arrivals)
         if line.pending:
-            line.held = False
             self._ready[session_id] = line
-            self.ready += len(line.pending)
-            self._wake()
+        else:
+            line.room.wake_all()
 
     def take(self, *, events: int, size: int, sessions: int) -> list[Pending]:
         """Take the requests of the next transaction: of each session one in turn, until one of the bounds is met.
@@ -128,13 +234,13 @@ class AppendQueue:
                 if taken and (events < 0 or size < 0):
                     return taken
                 line.pending.popleft()
-                self._count(line, -pending.size, -1)
+                self._leave(line, pending)
                 if line.pending:
                     self._ready.move_to_end(session_id)  # behind those that still wait for their turn
                 else:
                     del self._ready[session_id]
-                if not pending.answer.done():
-                    taken.append(pending)
+                    line.room.wake_all()
+                _take(pending, taken)
             lines = [(session_id, line) for session_id, line in lines if line.pending]
         return taken
 
@@ -149,42 +255,74 @@ class AppendQueue:
             if taken and (events < 0 or size < 0):
                 break
             line.pending.popleft()
-            self._count(line, -pending.size, -1)
-            if not pending.answer.done():
-                taken.append(pending)
+            self._leave(line, pending)
+            _take(pending, taken)
         return taken
 
     def take_all(self) -> list[Pending]:
         """Take everything, whatever is on hold included."""
-        lines = [*self._ready.values(), *self._held.values()]
-        everything = [pending for line in lines for pending in line.pending]
-        for line in lines:
-            line.pending.clear()
+        everything = []
+        for line in (*self._ready.values(), *self._held.values()):
+            while line.pending:
+                pending = line.pending.popleft()
+                self._leave(line, pending)
+                everything.append(pending)
+            line.room.wake_all()
         self._ready.clear()
-        self._requests = self._size = self.ready = 0
         return everything
 
-    async def wait_for(self, requests: int) -> None:
-        """Wait until so many requests are ready."""
-        self._wanted = requests
-        while self.ready < requests:
-            self._enough.clear()
-            await self._enough.wait()
+    def _full(self, pending: Pending) -> _Room | None:
+        """Return where there is no room for a request: here, or in its session's line; None when there is."""
+        limits = self._limits
+        if self._requests >= limits.requests or (self._size and self._size + pending.size > limits.bytes):
+            return self._room
+        session_id = pending.request.session_id
+        line = self._ready.get(session_id) or self._held.get(session_id)
+        if (
+            line is not None
+            and line.pending
+            and (len(line.pending) >= limits.session_requests or line.size + pending.size > limits.session_bytes)
+        ):
+            return line.room
+        return None
 
-    def _wake(self) -> None:
-        if self.ready >= self._wanted:
-            self._enough.set()
+    def _append(self, pending: Pending) -> None:
+        line = self._line(pending.request.session_id)
+        line.pending.append(pending)
+        self._enter(line, pending)
 
     def _line(self, session_id: int) -> _Line:
         line = self._ready.get(session_id) or self._held.get(session_id)
         if line is None:
-            line = self._ready[session_id] = _Line(deque())
+            line = self._ready[session_id] = _Line(self.arrivals)
         return line
 
-    def _count(self, line: _Line, size: int, requests: int) -> None:
-        line.size += size
-        self._size += size
-        self._requests += requests
-        if not line.held:
-            self.ready += requests
-            self._wake()
+    def _enter(self, line: _Line, pending: Pending) -> None:
+        events = len(pending.request.events)
+        line.events += events
+        line.size += pending.size
+        self._size += pending.size
+        self._requests += 1
+        line.arrivals.add(events)
+
+    def _leave(self, line: _Line, pending: Pending) -> None:
+        events = len(pending.request.events)
+        line.events -= events
+        line.size -= pending.size
+        self._size -= pending.size
+        self._requests -= 1
+        line.arrivals.add(-events)
+        line.room.wake()
+        self._room.wake()
+
+    def _count_at(self, line: _Line, arrivals: Arrivals) -> None:
+        line.arrivals.add(-line.events)
+        line.arrivals = arrivals
+        arrivals.add(line.events)
+
+
+def _take(pending: Pending, taken: list[Pending]) -> None:
+    if pending.is_wanted:
+        taken.append(pending)
+    elif not pending.answer.done():
+        pending.answer.cancel()

@@ -1,11 +1,14 @@
 """Reads a session's events page by page: the table is the buffer, and a reader is a cursor in it."""
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from collab_service.metrics import ReaderMetrics
 from collab_service.model import Event
 from collab_service.model.errors import DatabaseUnreachable, ServerSeqBeyondHead, SessionNotFound
 from collab_service.storage.database import Database, DriverConnection
@@ -22,6 +25,8 @@ _MUCH_ON_ITS_WAY = 64 * 1024 * 1024
 """Bytes of pages that readers have not taken yet, from which on there are only small ones: readers that have stalled
 must not fill the memory."""
 _SMALL_PAGE_BYTES = 32 * 1024
+_READ_AHEAD = 3
+"""Pages that a reader who keeps up has at once: one that is sent, and those that are read meanwhile."""
 
 T = TypeVar("T")
 
@@ -29,16 +34,26 @@ T = TypeVar("T")
 class Chunk:
     """Events of a session in order, which many readers may share."""
 
-    __slots__ = ("_of_types", "encoded", "events", "size")
+    __slots__ = ("_of_types", "count", "encoded", "events", "size")
 
     def __init__(self, events: Sequence[Event], size: int | None = None) -> None:
         """Make a chunk; `size` saves measuring the events again where that was done."""
         self.events = events
+        """Empty where there are only the bytes."""
+        self.count = len(events)
         self.size = sum(map(event_size, events)) if size is None else size
         """Bytes of what the events say."""
         self.encoded: bytes | None = None
-        """What the transport has made of the events; kept here so that it is made once for all readers."""
+        """What the transport has made of the events, or PostgreSQL; kept so that it is made once for all readers."""
         self._of_types: dict[frozenset[str], Chunk] = {}
+
+    @classmethod
+    def of_bytes(cls, encoded: reading.EncodedEvents) -> "Chunk":
+        """Return a chunk of which there are only the bytes."""
+        chunk = cls((), encoded.size)
+        chunk.count = encoded.count
+        chunk.encoded = encoded.data
+        return chunk
 
     def of_types(self, types: frozenset[str]) -> "Chunk":
         """Return the part with the given types; the same object for readers who ask for the same."""
@@ -63,8 +78,13 @@ class Page:
     """The session's last number as far as is known; always the end of an append."""
 
     @property
+    def count(self) -> int:
+        """How many events there are."""
+        return sum(chunk.count for chunk in self.chunks)
+
+    @property
     def events(self) -> list[Event]:
-        """The events."""
+        """The events, where there are more than their bytes."""
         return [event for chunk in self.chunks for event in chunk.events]
 
     @property
@@ -86,9 +106,12 @@ def event_size(event: Event) -> int:
 class Reader:
     """Reads events from the table. So many reads at once; further ones wait for their turn, however many they are."""
 
-    def __init__(self, database: Database, *, at_once: int) -> None:
+    def __init__(self, database: Database, *, metrics: ReaderMetrics, at_once: int) -> None:
         self._database = database
+        self._metrics = metrics
         self._turns = asyncio.Semaphore(at_once)
+        self._at_once = at_once
+        self._reading = 0
         self._on_its_way = 0
 
     @contextmanager
@@ -119,35 +142,48 @@ class Reader:
         return head
 
     async def page(
-        self, session_id: int, *, since: int, head: int, types: Collection[str] = (), count: int = PAGE_EVENTS
+        self,
+        session_id: int,
+        *,
+        since: int,
+        head: int,
+        types: Collection[str] = (),
+        count: int = PAGE_EVENTS,
+        encoded: bool = False,
     ) -> Page:
         """Return the first events after `since`, up to `head`, at most `count` of them, in one short transaction.
+
+        With `encoded` there are only their bytes, of which PostgreSQL makes a message.
 
         Raises:
             SessionNotFound: There is no such session (any more).
         """
-        through = min(since + _SCAN, head)
-        events = await self._read(
-            lambda connection: reading.read_page(
-                connection,
-                session_id,
-                after=since,
-                through=through,
-                types=types,
-                count=min(count, PAGE_EVENTS),
-                max_bytes=PAGE_BYTES if self._on_its_way < _MUCH_ON_ITS_WAY else _SMALL_PAGE_BYTES,
-            )
+        asked = time.perf_counter()
+        bounds = reading.PageBounds(
+            session_id,
+            after=since,
+            through=min(since + _SCAN, head),
+            types=types,
+            count=min(count, PAGE_EVENTS),
+            max_bytes=PAGE_BYTES if self._on_its_way < _MUCH_ON_ITS_WAY else _SMALL_PAGE_BYTES,
         )
-        if events:
-            # More may follow below `through`: the page may have been full.
+        if encoded:
+            found = await self._read(lambda connection: reading.read_encoded_page(connection, bounds))
+            chunk = None if found is None else Chunk.of_bytes(found)
+            last = 0 if found is None else found.last_server_seq
+        else:
+            events = await self._read(lambda connection: reading.read_page(connection, bounds))
             # Nobody else has a page from the table, so a rough size will do: characters of the payloads.
-            size = sum(len(event.content.payload) for event in events)
-            return Page((Chunk(events, size),), events[-1].server_seq, head)
+            chunk = Chunk(events, sum(len(event.content.payload) for event in events)) if events else None
+            last = events[-1].server_seq if events else 0
+        self._metrics.page(time.perf_counter() - asked, 0 if chunk is None else chunk.count)
+        if chunk is not None:
+            return Page((chunk,), last, head)  # more may follow below `through`: the page may have been full
         await self.head(session_id)
-        return Page((), through, head)
+        return Page((), bounds.through, head)
 
     async def to_head(
-        self, session_id: int, *, since: int, limit: int, types: Collection[str]
+        self, session_id: int, *, since: int, limit: int, types: Collection[str], encoded: bool = False
     ) -> AsyncGenerator[Page, None]:
         """Yield the events after `since` up to the head as it is now, at least one page.
 
@@ -158,6 +194,7 @@ class Reader:
             since: Read what comes after this number.
             limit: End after so many events; 0 means all.
             types: Only events of these types; none means all.
+            encoded: Read no more of them than their bytes.
 
         Raises:
             SessionNotFound: There is no such session (any more).
@@ -167,22 +204,54 @@ class Reader:
         if since == head:
             yield Page((), head, head)
         left = limit or head
-        while since < head and left:
-            page = await self.page(session_id, since=since, head=head, types=types, count=left)
-            left -= len(page.events)
-            since = page.through
-            with self.sending(page.size):
-                held = [page]
-                del page  # its bytes may be on their way for long; nobody needs the events meanwhile
-                yield held.pop()
+        reads: deque[asyncio.Task[Page]] = deque()
+        try:
+            while since < head and left:
+                # Pages that begin where this one ends, if it is full, are read while it is sent.
+                for expected in range(len(reads), 1 if types else self._pages_at_once()):
+                    start, count = since + expected * PAGE_EVENTS, left - expected * PAGE_EVENTS
+                    if start < head and count > 0:
+                        read = self.page(session_id, since=start, head=head, types=types, count=count, encoded=encoded)
+                        reads.append(asyncio.create_task(read, name="read"))
+                page = await reads.popleft()
+                if page.through != since + PAGE_EVENTS:
+                    _give_up_all(reads)
+                left -= page.count
+                since = page.through
+                with self.sending(page.size * (1 + len(reads))):
+                    held = [page]
+                    del page  # its bytes may be on their way for long; nobody needs the events meanwhile
+                    yield held.pop()
+        finally:
+            _give_up_all(reads)
+
+    def _pages_at_once(self) -> int:
+        """Return how many pages one reader may have at once: more than one while there is plenty of everything."""
+        return _READ_AHEAD if self._reading < self._at_once and self._on_its_way < _MUCH_ON_ITS_WAY // 4 else 1
 
     async def _read(self, statement: Callable[[DriverConnection], Awaitable[T]]) -> T:
         async with self._turns:
-            for attempt in (1, 2):  # a pooled connection may have died in its sleep; reading again harms nobody
-                try:
-                    async with self._database.driver_connection(autocommit=True) as connection:
-                        return await statement(connection)
-                except DatabaseUnreachable:
-                    if attempt == 2:
-                        raise
+            self._reading += 1
+            try:
+                for attempt in (1, 2):  # a pooled connection may have died in its sleep; reading again harms nobody
+                    try:
+                        async with self._database.driver_connection(autocommit=True) as connection:
+                            return await statement(connection)
+                    except DatabaseUnreachable:
+                        if attempt == 2:
+                            raise
+            finally:
+                self._reading -= 1
         raise AssertionError("unreachable")
+
+
+def _give_up_all(reads: deque[asyncio.Task[Page]]) -> None:
+    """Cancel reads whose results nobody wants, without waiting for the driver to be done with them."""
+    while reads:
+        give_up(reads.pop())
+
+
+def give_up(task: asyncio.Task[Any]) -> None:
+    """Cancel a read whose result nobody wants, without waiting for the driver to be done with it."""
+    task.cancel()
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())

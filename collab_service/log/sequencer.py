@@ -11,29 +11,40 @@ one transaction:
 4. Decide on one request after the other (`decide`). One caller's mistake is that caller's answer and nobody else's.
 5. Insert, commit, and only then answer.
 
+Where nobody else writes into these sessions, this process knows their heads (`known`). Then it decides first, and sends
+one statement that locks, inserts if the heads are still those, and commits. When they are not, or a key is known, it
+has done nothing, and the five steps follow.
+
 What fails:
 
 * Before the commit was sent, nothing is stored. A conflict or a lost connection is tried again; an unexpected error
   makes the requests be tried one by one, so that a poisoned one takes no other down with it.
 * When the connection is lost during the commit, nobody knows its outcome. The session's lock is taken again: then the
   old transaction has ended, one way or the other, and the event at our first number tells which. Until that is known
-  for certain, nothing is tried again.
+  for certain, nothing is tried again. The one statement may have been cut off before it took its locks, and come late;
+  then it finds the numbers taken by the second attempt, and where that one fails, the outcome stays unknown.
 * A commit that comes with a warning was carried out here, but no longer waited for a synchronous standby. A fail-over
   could still lose it, so nobody is told that it is stored.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import repeat
+from time import perf_counter
 
 import psycopg
 import structlog
 
+from collab_service.log.activity import ActivityWriter
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.connections import AppendConnections
 from collab_service.log.decide import Appended, AppendRequest, Decision, SessionState, replay_start
-from collab_service.log.doubt import Decisions, InDoubt, refuse_warnings, took_place
-from collab_service.log.queue import AppendQueue, Pending
+from collab_service.log.doubt import Decisions, InDoubt, give_ids, refuse_warnings, took_place
+from collab_service.log.known import KnownHeads
+from collab_service.log.queue import AppendQueue, Arrivals, Pending, Succession
+from collab_service.metrics import AppendMetrics
 from collab_service.model import Event, QueueLimits
 from collab_service.model.chain import content_digest
 from collab_service.model.errors import (
@@ -41,6 +52,8 @@ from collab_service.model.errors import (
     CommitOutcomeUnknown,
     DatabaseUnreachable,
     LockTimeout,
+    Overloaded,
+    Reason,
     SessionNotFound,
     ShuttingDown,
     TransactionConflict,
@@ -56,6 +69,8 @@ _EVENT_BYTES = 256
 """What an event weighs in the queue besides its content, roughly."""
 _TRANSACTION_EVENTS = 1_000
 _TRANSACTION_BYTES = 8 * 1024 * 1024
+_NO_ID = 0
+"""Of an event that gets its id with the insert."""
 _ATTEMPTS = 3
 _LOCK_WAIT = 10.0
 """Seconds to wait for a session that somebody else holds."""
@@ -63,11 +78,15 @@ _LOCK_TURN = 0.2
 """Seconds of that at a time, so that a session that is stuck does not keep the others from waiting."""
 _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
+_LINGER = 0.05
+"""Seconds without a request after which a session that was waited for is written together with the others again."""
 _GATHER = 0.006
 """Seconds to wait at most for callers who were active a moment ago."""
-_GATHER_PER_CALLER = 0.0002
-"""Seconds of that for each of them: for a few it is not worth more, since a transaction takes them less than a
-millisecond."""
+_GATHER_PER_EVENT = 0.0002
+"""Seconds of that for each event expected of them: for a few it is not worth more, since a transaction takes them less
+than a millisecond."""
+_WORTH_GATHERING = 64
+"""Events from which on a transaction costs next to nothing for each of them."""
 
 
 class Sequencer:
@@ -78,6 +97,8 @@ class Sequencer:
         database: Database,
         limits: QueueLimits,
         *,
+        activity: ActivityWriter,
+        metrics: AppendMetrics,
         tasks: BackgroundTasks,
         on_stored: Callable[[Sequence[Event]], None],
         clock: Callable[[], int] = now_micros,
@@ -87,22 +108,27 @@ class Sequencer:
         Args:
             database: Where to write.
             limits: How much may wait.
+            activity: What remembers when sessions were active.
+            metrics: Where it is seen how appending fares.
             tasks: The owner of the tasks that write.
             on_stored: Called with the new events of each transaction, after its commit and before the answers.
             clock: The time in microseconds.
         """
         self._limits = limits
+        self._activity = activity
+        self._metrics = metrics
         self._queue = AppendQueue(limits)
         self._tasks = tasks
         self._on_stored = on_stored
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._closing = False
-        self._expected = 1
+        self._heads = KnownHeads()
         self._writing: set[Pending] = set()
         self._wrote = asyncio.Event()
         self._connections = AppendConnections(database)
         self._held_slots = asyncio.Semaphore(_HELD_SESSIONS)
+        metrics.watch_queue(lambda: len(self._queue), lambda: self._queue.size, lambda: self._queue.held_sessions)
 
     async def append(self, request: AppendRequest) -> Appended:
         """Append events to a session, all or nothing, and return them as they are stored.
@@ -116,21 +142,49 @@ class Sequencer:
             CommitOutcomeUnknown: The events may or may not be stored.
             ShuttingDown: `stop` was called.
         """
-        if self._closing:
-            raise ShuttingDown
-        size = request.size + _EVENT_BYTES * len(request.events)
-        answer: asyncio.Future[Decision] = self._loop.create_future()
-        pending = Pending(request, list(map(content_digest, request.events)), size, answer)
-        self._queue.put(pending)
+        pending = self._pending(request, None)
         try:
-            decision = await answer
+            self._queue.put(pending)
+        except Overloaded as error:
+            self._metrics.refused(error.reason)
+            raise
+        try:
+            decision = await pending.answer
         except asyncio.CancelledError:
-            self._queue.remove(pending)
-            self._wrote.set()
+            self.withdraw(pending)
             raise
         if isinstance(decision, Appended):
             return decision
         raise decision
+
+    async def submit(self, request: AppendRequest, succession: Succession) -> Pending:
+        """Let a request wait to be written, as soon as there is room for it; its `answer` tells what became of it.
+
+        Args:
+            request: What to append.
+            succession: The requests that it comes behind of.
+
+        Raises:
+            ShuttingDown: `stop` was called.
+        """
+        pending = self._pending(request, succession)
+        await self._queue.put_when_there_is_room(pending)
+        return pending
+
+    def withdraw(self, pending: Pending) -> None:
+        """Give up on a request: it is not written, unless that has begun."""
+        pending.answer.cancel()
+        self._queue.remove(pending)
+        self._wrote.set()
+
+    def _pending(self, request: AppendRequest, succession: Succession | None) -> Pending:
+        if self._closing:
+            self._metrics.refused(ShuttingDown.reason)
+            raise ShuttingDown
+        size = request.size + _EVENT_BYTES * len(request.events)
+        answer: asyncio.Future[Decision] = self._loop.create_future()
+        digests = list(map(content_digest, request.events))
+        return Pending(request, digests, size, answer, since=perf_counter(), succession=succession)
 
     def start(self) -> None:
         """Begin to write."""
@@ -148,42 +202,33 @@ class Sequencer:
             _log.warning("appends were cut off", waiting=len(self._queue), writing=len(self._writing))
         in_doubt = list(self._writing)
         await self._tasks.cancel()
-        _fail(self._queue.take_all(), ShuttingDown())
-        _fail(in_doubt, CommitOutcomeUnknown())
+        self._fail(self._queue.take_all(), ShuttingDown())
+        self._fail(in_doubt, CommitOutcomeUnknown())
         self._connections.close()
 
     async def _run(self) -> None:
+        expected = 1
         while True:
-            await self._gather()
+            await _gather(self._queue.arrivals, expected)
             batch = self._queue.take(
                 events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES, sessions=self._limits.transaction_sessions
             )
-            active = len(batch)
+            active = _events_of(batch)
             await self._write(batch)
-            self._expected = active + self._queue.ready
+            expected = active + self._queue.arrivals.ready
 
-    async def _gather(self) -> None:
-        """Wait for something to write, and a moment longer for those who are likely to come.
-
-        Callers tend to come back once they are answered. So as many as the last transaction answered, or kept waiting,
-        are expected again; a lone caller expects nobody and does not wait.
-        """
-        await self._queue.wait_for(1)
-        if self._expected > self._queue.ready:
-            try:
-                async with asyncio.timeout(min(_GATHER, _GATHER_PER_CALLER * self._expected)):
-                    await self._queue.wait_for(self._expected)
-            except TimeoutError:
-                pass
-
-    async def _write_held(self, session_id: int) -> None:
-        """Write what waits for one session, once whoever holds it lets go."""
+    async def _write_held(self, session_id: int, arrivals: Arrivals) -> None:
+        """Write what waits for one session apart, for as long as somebody else writes into it, too."""
+        expected = 1
         try:
-            done = False
-            while not done:
+            while await _gathered_in_time(arrivals, expected):
                 async with self._held_slots:
                     batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
+                    active = _events_of(batch)
                     done = await self._write(batch, wait_seconds=_LOCK_TURN)
+                expected = active + arrivals.ready
+                if done and self._heads.is_ours(session_id):
+                    return
         finally:
             self._queue.release(session_id)
 
@@ -192,6 +237,7 @@ class Sequencer:
 
         False when the lock was not to be had in `wait_seconds`: those who can wait longer are back in the queue.
         """
+        batch = [pending for pending in batch if pending.is_wanted]
         mine = list(batch)
         self._writing.update(mine)
         try:
@@ -201,14 +247,14 @@ class Sequencer:
             now = self._loop.time()
             for pending in batch:
                 pending.give_up_at = min(pending.give_up_at, now + _LOCK_WAIT)
-            _fail([pending for pending in batch if pending.give_up_at <= now], error)
+            self._fail([pending for pending in batch if pending.give_up_at <= now], error)
             self._queue.put_back([pending for pending in batch if not pending.answer.done()])
             return False
         except CollabError as error:
-            _fail(batch, error)
+            self._fail(batch, error)
         except Exception as error:
             if len(batch) == 1:
-                _fail(batch, error)
+                self._fail(batch, error)
             else:
                 _log.warning("an append transaction failed, its requests are tried one by one", cause=repr(error))
                 await self._write_one_by_one(batch, wait_seconds)
@@ -231,45 +277,117 @@ class Sequencer:
                 self._queue.put_back(first + behind)
 
     async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> None:
+        begun = perf_counter()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                await self._transact(batch, wait_seconds)
+                await self._transact(batch, wait_seconds, begun)
                 return
             except InDoubt as doubt:
-                if await took_place(doubt, self._connections):
+                if await self._took_place(doubt):
                     self._answer(doubt.decisions, doubt.events)
+                    self._observe(doubt.decisions, doubt.events, begun, begun)
                     return
                 _log.info("the commit in doubt did not take place")
+                for pending in batch:
+                    pending.in_doubt |= doubt.may_come_late
             except (TransactionConflict, DatabaseUnreachable) as error:
                 if attempt == _ATTEMPTS:
                     raise
                 _log.info("an append transaction is tried again", cause=repr(error.__cause__ or error))
+            self._metrics.retried()
         raise DatabaseUnreachable
 
-    async def _transact(self, batch: list[Pending], wait_seconds: float | None) -> None:
-        """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list."""
+    async def _took_place(self, doubt: InDoubt) -> bool:
+        try:
+            answer = await took_place(doubt, self._connections)
+        except CommitOutcomeUnknown:
+            self._metrics.in_doubt(None)
+            raise
+        self._metrics.in_doubt(answer)
+        return answer
+
+    async def _transact(self, batch: list[Pending], wait_seconds: float | None, begun: float) -> None:
+        """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list.
+
+        Args:
+            batch: The requests.
+            wait_seconds: How long to wait for sessions that others hold; None puts their requests off.
+            begun: When the first attempt began, by `time.perf_counter`.
+        """
         keys = _keys_of(batch)
         if len(set(keys)) < len(keys):
             self._put_off_repeated_keys(batch)
             keys = _keys_of(batch)
         async with self._connections.lend() as connection:
+            if await self._transact_on_known_heads(connection, batch, begun):
+                return
             locked = await appending.lock_sessions(
                 connection,
                 {pending.request.session_id for pending in batch},
                 keys,
-                new_ids=sum(len(pending.request.events) for pending in batch),
+                new_ids=_events_of(batch),
                 wait_seconds=wait_seconds,
             )
             self._put_off(batch, locked.held)
             batch[:] = [pending for pending in batch if not pending.answer.done()]
-            decisions, events = await self._decide(connection, batch, locked)
+            states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
+            if locked.known_keys:
+                for (session_id, key), server_seq in locked.known_keys.items():
+                    if session_id in states:
+                        states[session_id].known_keys[key] = server_seq
+                await _read_replayed(connection, batch, states)
+            decisions = self._decide(batch, states, iter(locked.ids))
+            events = _added(states)
+            active = self._activity.due(_times_of(events))
             if events or any(isinstance(decision, Appended) for _, decision in decisions):
                 # Also when it holds nothing but replays: what they found is acknowledged, so it has to be everywhere
                 # where a commit waits for it to be.
-                await self._commit(connection, events, decisions)
+                sent: float | None = perf_counter()
+                with _in_doubt_when_lost(connection, events, decisions, may_come_late=False):
+                    await appending.insert_and_commit(connection, events, active=active)
+                refuse_warnings(connection)
             else:
+                sent = None
                 await connection.run(appending.ROLLBACK)
-        self._answer(decisions, events)
+        for session_id, state in states.items():
+            self._heads.wrote(session_id, found=locked.heads[session_id], head=state.head)
+        self._answer(decisions, events, active)
+        if sent is not None:
+            self._observe(decisions, events, begun, sent)
+
+    async def _transact_on_known_heads(
+        self, connection: PipelineConnection, batch: list[Pending], begun: float
+    ) -> bool:
+        """Write a batch in one round trip, if nobody else has written into its sessions lately; tell whether it was.
+
+        Decides on the heads as this process has left them, and lets the insert find out whether that is still true.
+        Nothing but a plain success is decided that way: whatever needs a look into the table is left to it.
+        """
+        heads = self._heads.of({pending.request.session_id for pending in batch})
+        if not heads:
+            return False
+        states = {session_id: SessionState(session_id, head) for session_id, head in heads.items()}
+        decisions = self._decide(batch, states, repeat(_NO_ID))
+        if not all(isinstance(decision, Appended) for _, decision in decisions):
+            return False
+        events = _added(states)
+        active = self._activity.due(_times_of(events))
+        sent = perf_counter()
+        try:
+            with _in_doubt_when_lost(connection, events, decisions, may_come_late=True):
+                ids = await appending.insert_behind_heads(connection, heads, events, active=active)
+        except psycopg.errors.UniqueViolation:  # a number is taken, or a key is known
+            ids = None
+        if ids is None:
+            self._heads.doubt(heads)
+            return False
+        refuse_warnings(connection)
+        give_ids(events, ids)
+        for session_id, state in states.items():
+            self._heads.wrote(session_id, found=heads[session_id], head=state.head)
+        self._answer(decisions, events, active)
+        self._observe(decisions, events, begun, sent)
+        return True
 
     def _put_off_repeated_keys(self, batch: list[Pending]) -> None:
         """Leave a request with a key that another in the batch has to a later transaction, which can look it up.
@@ -295,20 +413,12 @@ class Sequencer:
         self._queue.put_back([pending for pending in batch if pending.request.session_id in held])
         batch[:] = [pending for pending in batch if pending.request.session_id not in held]
         for session_id in held:
-            self._queue.hold(session_id)
-            self._tasks.spawn(self._write_held(session_id), f"append-to-held-session-{session_id}")
+            arrivals = self._queue.hold(session_id)
+            self._tasks.spawn(self._write_held(session_id, arrivals), f"append-to-held-session-{session_id}")
 
-    async def _decide(
-        self, connection: PipelineConnection, batch: Sequence[Pending], locked: appending.Locked
-    ) -> tuple[Decisions, list[Event]]:
-        """Decide on each request; return the decisions and the events to store."""
-        states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
-        if locked.known_keys:
-            for (session_id, key), server_seq in locked.known_keys.items():
-                if session_id in states:
-                    states[session_id].known_keys[key] = server_seq
-            await _read_replayed(connection, batch, states)
-        now, ids = self._clock(), iter(locked.ids)
+    def _decide(self, batch: Sequence[Pending], states: Mapping[int, SessionState], ids: Iterator[int]) -> Decisions:
+        """Decide on each request, one after the other; `ids` are for the new events."""
+        now = self._clock()
         decisions: list[tuple[Pending, Decision]] = []
         for pending in batch:
             request = pending.request
@@ -317,25 +427,109 @@ class Sequencer:
                 decisions.append((pending, SessionNotFound(session_id=request.session_id)))
             else:
                 decisions.append((pending, state.decide(request, pending.digests, now, ids)))
-        return decisions, [event for state in states.values() for event in state.added]
+        return decisions
 
-    async def _commit(self, connection: PipelineConnection, events: Sequence[Event], decisions: Decisions) -> None:
-        try:
-            await appending.insert_and_commit(connection, events)
-        except psycopg.Error as error:
-            if connection.usable or not events:
-                raise  # the server said that it failed, or there was nothing to store
-            if not connection.warnings:
-                raise InDoubt(events, decisions) from error
-        refuse_warnings(connection)
+    def _answer(self, decisions: Decisions, stored: Sequence[Event], active: Collection[int] = ()) -> None:
+        """Tell everybody what became of their request; the transaction is committed.
 
-    def _answer(self, decisions: Decisions, stored: Sequence[Event]) -> None:
-        """Tell everybody what became of their request; the transaction is committed."""
+        Args:
+            decisions: What to tell.
+            stored: The new events.
+            active: The sessions whose activity was written with them.
+        """
         if stored:
+            self._activity.note(_times_of(stored), active)
             self._on_stored(stored)
         for pending, decision in decisions:
+            if not isinstance(decision, Appended):
+                self._metrics.refused(decision.reason)
             if not pending.answer.done():
                 pending.answer.set_result(decision)
+
+    def _fail(self, batch: Sequence[Pending], error: Exception) -> None:
+        """Tell everybody that their request was not carried out."""
+        for pending in batch:
+            told = pending.fail(error)
+            if told is not None:
+                self._metrics.refused(told.reason if isinstance(told, CollabError) else Reason.INTERNAL)
+
+    def _observe(self, decisions: Decisions, events: Sequence[Event], begun: float, sent: float) -> None:
+        """Let the metrics see a transaction that is committed.
+
+        Args:
+            decisions: What was decided.
+            events: What was stored.
+            begun: When the first attempt began, by `time.perf_counter`.
+            sent: When the commit was sent.
+        """
+        now = perf_counter()
+        stored = replayed = size = 0
+        for pending, decision in decisions:
+            if isinstance(decision, Appended):
+                replayed += decision.replayed
+                stored += not decision.replayed
+                size += 0 if decision.replayed else pending.request.size
+        self._metrics.transaction(
+            stored=stored,
+            replayed=replayed,
+            events=len(events),
+            size=size,
+            waited_seconds=begun - min(pending.since for pending, _ in decisions),
+            seconds=now - begun,
+            commit_seconds=now - sent,
+        )
+
+
+async def _gather(arrivals: Arrivals, expected: int) -> None:
+    """Wait for something to write, and a moment longer for what is likely to come.
+
+    Callers tend to come back once they are answered. So as many events as the last transaction had, or kept waiting,
+    are expected again, as far as waiting for them is worth it; a lone caller expects nobody and does not wait.
+    """
+    await arrivals.wait_for(1)
+    expected = min(expected, _WORTH_GATHERING)
+    if expected > arrivals.ready:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(_GATHER, _GATHER_PER_EVENT * expected)):
+                await arrivals.wait_for(expected)
+
+
+async def _gathered_in_time(arrivals: Arrivals, expected: int) -> bool:
+    """Gather as `_gather` does; False when nothing has come for a while."""
+    try:
+        async with asyncio.timeout(_LINGER):
+            await arrivals.wait_for(1)
+    except TimeoutError:
+        return False
+    await _gather(arrivals, expected)
+    return True
+
+
+@contextmanager
+def _in_doubt_when_lost(
+    connection: PipelineConnection, events: Sequence[Event], decisions: Decisions, *, may_come_late: bool
+) -> Iterator[None]:
+    """Raise `InDoubt` when the connection is lost during a commit that stores events."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if connection.usable or not events:
+            raise  # the server said that it failed, or there was nothing to store
+        if not connection.warnings:
+            raise InDoubt(events, decisions, may_come_late=may_come_late) from error
+
+
+def _added(states: Mapping[int, SessionState]) -> list[Event]:
+    return [event for state in states.values() for event in state.added]
+
+
+def _times_of(events: Sequence[Event]) -> dict[int, int]:
+    """Return the time of the newest event of each session."""
+    return {event.session_id: event.created_at for event in events}
+
+
+def _events_of(batch: Sequence[Pending]) -> int:
+    return sum(len(pending.request.events) for pending in batch)
 
 
 def _keys_of(batch: Sequence[Pending]) -> list[tuple[int, str]]:
@@ -355,9 +549,3 @@ async def _read_replayed(
     if ranges:
         for (session_id, server_seq), event in (await appending.read_stored(connection, ranges)).items():
             states[session_id].stored[server_seq] = event
-
-
-def _fail(batch: Sequence[Pending], error: Exception) -> None:
-    for pending in batch:
-        if not pending.answer.done():
-            pending.answer.set_exception(error)

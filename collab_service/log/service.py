@@ -11,10 +11,12 @@ from collab_service.log.background import BackgroundTasks
 from collab_service.log.decide import Appended, AppendRequest
 from collab_service.log.follow import follow
 from collab_service.log.notifications import Notifications
+from collab_service.log.queue import Pending, Succession
 from collab_service.log.reading import Page, Reader
 from collab_service.log.removal import Remover
 from collab_service.log.sequencer import Sequencer
 from collab_service.log.tails import Tails
+from collab_service.metrics import ServiceMetrics
 from collab_service.model import Event, ListPosition, Session
 from collab_service.model.errors import (
     CollabError,
@@ -38,29 +40,45 @@ _LAST_NOTIFICATION = 1.0
 class LogService:
     """Sessions and their logs, on one database."""
 
-    def __init__(self, config: Config, database_url: str, *, on_death: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, database_url: str, *, metrics: ServiceMetrics, on_death: Callable[[], None]
+    ) -> None:
         """Prepare; `start` makes it work.
 
         Args:
             config: The settings.
             database_url: The database; its schema must be there.
+            metrics: Where it is seen how it fares.
             on_death: Called when a background task died, after which the process has to go.
         """
-        self._database = Database(database_url, pool_size=config.database_pool_size)
+        self._database = Database(
+            database_url, metrics=metrics.database.pool("calls"), pool_size=config.database_pool_size
+        )
         self._activity = ActivityWriter(self._database)
         self._remover = Remover(self._database)
-        self._reader = Reader(self._database, at_once=max(config.database_pool_size // 2, 1))
-        self._tails_database = Database(database_url, pool_size=_TAIL_READS)
-        self._tails = Tails(Reader(self._tails_database, at_once=_TAIL_READS), max_followers=config.max_followers)
+        self._reader = Reader(
+            self._database, metrics=metrics.reads.of("calls"), at_once=max(config.database_pool_size // 2, 1)
+        )
+        self._tails_database = Database(database_url, metrics=metrics.database.pool("tails"), pool_size=_TAIL_READS)
+        self._tails = Tails(
+            Reader(self._tails_database, metrics=metrics.reads.of("tails"), at_once=_TAIL_READS),
+            metrics=metrics.follows,
+            max_followers=config.max_followers,
+        )
         self._notifications: Notifications | None = None
         if config.notify:
             self._notifications = Notifications(
-                self._database, on_change=self._tails.look_at, on_listening=self._tails.look_at_all
+                self._database,
+                metrics=metrics.follows,
+                on_change=self._tails.look_at,
+                on_listening=self._tails.look_at_all,
             )
         self._tasks = BackgroundTasks(on_death)
         self._sequencer = Sequencer(
             self._database,
             config.queue,
+            activity=self._activity,
+            metrics=metrics.appends,
             tasks=BackgroundTasks(on_death),
             on_stored=self._stored,
         )
@@ -181,19 +199,32 @@ class LogService:
         """Append events to a session, all or nothing; see `Sequencer.append`."""
         return self._sequencer.append(request)
 
-    def read(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncGenerator[Page, None]:
-        """Read a session's events up to the head as it is now; see `Reader.to_head`."""
-        return self._reader.to_head(session_id, since=since, limit=limit, types=types)
+    def submit(self, request: AppendRequest, succession: Succession) -> Awaitable[Pending]:
+        """Let an append wait to be written, as soon as there is room for it; see `Sequencer.submit`."""
+        return self._sequencer.submit(request, succession)
 
-    def follow(self, session_id: int, *, since: int, limit: int, types: Sequence[str]) -> AsyncGenerator[Page, None]:
+    def withdraw(self, pending: Pending) -> None:
+        """Give up on an append; see `Sequencer.withdraw`."""
+        self._sequencer.withdraw(pending)
+
+    def read(
+        self, session_id: int, *, since: int, limit: int, types: Sequence[str], encoded: bool = False
+    ) -> AsyncGenerator[Page, None]:
+        """Read a session's events up to the head as it is now; see `Reader.to_head`."""
+        return self._reader.to_head(session_id, since=since, limit=limit, types=types, encoded=encoded)
+
+    def follow(
+        self, session_id: int, *, since: int, limit: int, types: Sequence[str], encoded: bool = False
+    ) -> AsyncGenerator[Page, None]:
         """Read a session's events, then those that come; see `follow`."""
         if self._notifications is not None:
             self._notifications.want_to_hear()
-        return follow(self._reader, self._tails, session_id, since=since, limit=limit, types=frozenset(types))
+        return follow(
+            self._reader, self._tails, session_id, since=since, limit=limit, types=frozenset(types), encoded=encoded
+        )
 
     def _stored(self, events: Sequence[Event]) -> None:
         """Take note of what a transaction of this process has committed, before anybody is answered."""
-        self._activity.note(events)
         for session_id, stored in groupby(events, key=attrgetter("session_id")):
             fresh = list(stored)
             self._tails.feed(session_id, fresh)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from collab_service.log.reading import PAGE_BYTES, PAGE_EVENTS, Chunk, event_size
+from collab_service.metrics import FollowMetrics
 from collab_service.model import Event
+from collab_service.storage.times import now_micros
 
 _EVENT_BYTES = 512
 """What an event weighs in memory besides what it says, roughly."""
@@ -38,15 +40,17 @@ class Tail:
     once; with many it waits a little for more events, so that delivering leaves time for everything else.
     """
 
-    def __init__(self, session_id: int, max_bytes: int) -> None:
+    def __init__(self, session_id: int, max_bytes: int, metrics: FollowMetrics) -> None:
         """Prepare; nothing is known yet.
 
         Args:
             session_id: The session.
             max_bytes: How much memory to use, roughly; the newest round is kept whatever its size.
+            metrics: Where the deliveries are seen.
         """
         self.session_id = session_id
         self.max_bytes = max_bytes
+        self._metrics = metrics
         self.followers = 0
         self.known = False
         """Whether the session's head has been looked up, or an event has come."""
@@ -172,7 +176,13 @@ class Tail:
             self._weight += handed.weight
         self._end = events[-1].server_seq
         self._keep_to_size(now)
-        self._wake_all()
+        if self._waiting:
+            self._wake_all()
+            # Called once all of them have had their turn, in which each hands its message over to be sent.
+            self._loop.call_soon(self._delivered, events[0].created_at)
+
+    def _delivered(self, created_at: int) -> None:
+        self._metrics.delivered(max(now_micros() - created_at, 0) / 1_000_000)
 
     def _keep_to_size(self, now: float) -> None:
         count, weight = 0, self._weight

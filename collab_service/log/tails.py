@@ -17,6 +17,7 @@ import structlog
 
 from collab_service.log.reading import Reader
 from collab_service.log.tail import Tail
+from collab_service.metrics import FollowMetrics
 from collab_service.model import Event
 from collab_service.model.errors import (
     CollabError,
@@ -49,14 +50,16 @@ _TAIL_BYTES = 1024 * 1024
 class Tails:
     """One tail for each session that is followed; nothing for those that are not."""
 
-    def __init__(self, reader: Reader, *, max_followers: int) -> None:
+    def __init__(self, reader: Reader, *, metrics: FollowMetrics, max_followers: int) -> None:
         """Prepare; `run` keeps the tails up.
 
         Args:
             reader: Reads for the tails, and for nobody else who might keep it busy.
+            metrics: Where it is seen who follows.
             max_followers: How many may follow at once, all sessions together.
         """
         self._reader = reader
+        self._metrics = metrics
         self._max_followers = max_followers
         self._followers = 0
         self._tails: dict[int, Tail] = {}
@@ -66,6 +69,7 @@ class Tails:
         """Events that the last look has found."""
         self._closing: CollabError | None = None
         self._loop = asyncio.get_running_loop()
+        metrics.watch(lambda: self._followers, lambda: len(self._tails))
 
     @contextmanager
     def join(self, session_id: int) -> Iterator[Tail]:
@@ -80,7 +84,7 @@ class Tails:
             raise TooManyFollowers
         tail = self._tails.get(session_id)
         if tail is None or tail.ending.done():
-            tail = self._tails[session_id] = Tail(session_id, self._bytes_for(len(self._tails) + 1))
+            tail = self._tails[session_id] = Tail(session_id, self._bytes_for(len(self._tails) + 1), self._metrics)
         self._followers += 1
         tail.followers += 1
         try:
@@ -227,6 +231,6 @@ class Tails:
         else:
             tail.failing_since = None
             if page.chunks:
-                self._found += len(page.events)
+                self._found += page.count
                 tail.feed(page.chunks[0].events, head)
             self._look_if_behind(tail)

@@ -1,7 +1,8 @@
 """Sessions and events, as every layer sees them.
 
 Times are integers: microseconds of the Unix epoch. Ids and sequence numbers start at 1. The values are frozen; they are
-msgspec structs rather than dataclasses because events are made by the hundred thousand, at a seventh of the cost.
+msgspec structs rather than dataclasses because events are made by the hundred thousand, at a seventh of the cost; and
+unknown to the garbage collector (`gc`), since nothing that they hold can ever refer back to them.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from msgspec import Struct
 EMPTY_PAYLOAD = "{}"
 
 
-class NewEvent(Struct, frozen=True):
+class NewEvent(Struct, frozen=True, gc=False):
     """An event as its author gave it. Two are equal when every field is, byte for byte."""
 
     actor_id: str | None = None
@@ -25,7 +26,7 @@ class NewEvent(Struct, frozen=True):
     idempotency_key: str | None = None
 
 
-class Event(Struct, frozen=True):
+class Event(Struct, frozen=True, gc=False):
     """An event as it is stored."""
 
     id: int

@@ -7,8 +7,8 @@ but our own errors: the text of an unexpected exception stays in the log.
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, ShuttingDown, Violation
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 from collab_service.storage.driver_errors import cause_of
@@ -30,14 +31,12 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Unimplemented(Exception):
-    """The call, or what it asks for, comes with a later version; the message says what."""
-
-
 class Boundary:
     """Wraps the servicer's methods into handlers for grpc, and counts the calls in progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: RpcMetrics) -> None:
+        self._metrics = metrics
+        metrics.watch(lambda: self._calls)
         self._calls = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -48,46 +47,49 @@ class Boundary:
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Return the handler for one RPC, carried out by `behaviour`."""
         decode = GetMessageClass(method.input_type).FromString
+        read = partial(_decoded_stream if method.client_streaming else _decoded, decode)
         name = method.name
+        metrics = self._metrics.of(name)
 
-        async def call(data: bytes, context: Context) -> Any:
+        async def fail(context: Context, error: Exception) -> None:
+            request_id = _request_id(context)
+            failure = _failure(name, request_id, error)
+            metrics.failed(failure.code.name, failure.reason)
+            trailing = ((REQUEST_ID_KEY, request_id), (DETAILS_KEY, failure.details))
+            await context.abort(failure.code, failure.message, trailing)
+
+        async def call(request: Any, context: Context) -> Any:
             try:
                 if self._draining:
-                    return await _fail(name, context, ShuttingDown())
+                    return await fail(context, ShuttingDown())
+                self._calls += 1
+                self._idle.clear()
                 try:
-                    with self._counted():
-                        return await behaviour(_decoded(decode, data), context)
+                    answer = await behaviour(read(request), context)
+                    metrics.answered()
+                    return answer
                 except (asyncio.CancelledError, grpc.aio.InternalError):
                     raise
                 except Exception as error:
                     failure = error
+                finally:
+                    self._calls -= 1
+                    if not self._calls:
+                        self._idle.set()
                 # No longer counted: a client that takes no message takes no status either.
-                await _fail(name, context, failure)
+                await fail(context, failure)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # The latter is what sending says when the client is gone, just before grpc cancels the call.
+                metrics.failed("CANCELLED")
                 _log.info("call was cancelled", method=name, request_id=_request_id(context))
                 raise asyncio.CancelledError from error
 
-        async def stream_call(requests: Any, context: Context) -> Any:
-            return await call(b"", context)
-
         encode = GetMessageClass(method.output_type).SerializeToString
         if method.client_streaming:
-            return grpc.stream_stream_rpc_method_handler(stream_call, response_serializer=encode)
+            return grpc.stream_stream_rpc_method_handler(call, response_serializer=encode)
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(call)  # it writes bytes
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._calls += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
 
     async def drain(self) -> None:
         """Refuse calls from now on, and wait until those in progress have finished."""
@@ -103,21 +105,23 @@ def _decoded(decode: Callable[[bytes], Message], data: bytes) -> Message:
         raise InvalidArgument([Violation("request", what)]) from error
 
 
-async def _fail(method: str, context: Context, error: Exception) -> None:
-    request_id = _request_id(context)
+async def _decoded_stream(
+    decode: Callable[[bytes], Message], messages: AsyncIterator[bytes]
+) -> AsyncGenerator[Message, None]:
+    async for data in messages:
+        yield _decoded(decode, data)
+
+
+def _failure(method: str, request_id: str, error: Exception) -> Failure:
+    """Log what has gone wrong, and return what to answer."""
     log = _log.bind(method=method, request_id=request_id)
-    trailing = ((REQUEST_ID_KEY, request_id),)
-    if isinstance(error, Unimplemented):
-        log.info("call failed", code="UNIMPLEMENTED")
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error), trailing)
-    failure: Failure
     if isinstance(error, CollabError):
         failure = failure_of(error)
         log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
     else:
         failure = internal_failure(request_id)
         log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
-    await context.abort(failure.code, failure.message, (*trailing, (DETAILS_KEY, failure.details)))
+    return failure
 
 
 def _request_id(context: Context) -> str:

@@ -2,6 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from collab_service.log.decide import Appended
 from collab_service.log.reading import Chunk, Page
 from collab_service.model import Event, Session
 from collab_service.v1 import collab_service_pb2 as pb
@@ -50,6 +51,17 @@ def event_message(event: Event) -> pb.Event:
     else:
         message.binary = payload
     return message
+
+
+def appended_message(appended: Appended) -> pb.AppendEventsResponse:
+    """Return what became of a batch as a message."""
+    first, last = appended.events[0], appended.events[-1]
+    return pb.AppendEventsResponse(
+        first_server_seq=first.server_seq,
+        last_server_seq=last.server_seq,
+        create_time=timestamp(first.created_at),
+        replayed=appended.replayed,
+    )
 
 
 def page_bytes(page: Page) -> bytes:

@@ -5,6 +5,7 @@ import asyncio
 import structlog
 from grpc_health.v1 import health, health_pb2
 
+from collab_service.metrics import DatabaseMetrics
 from collab_service.model.errors import StorageUnavailable
 from collab_service.storage.database import Pulse
 from collab_service.storage.driver_errors import cause_of
@@ -22,16 +23,18 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class HealthMonitor:
     """Feels the database's pulse and tells the health service."""
 
-    def __init__(self, pulse: Pulse, names: tuple[str, ...]) -> None:
+    def __init__(self, pulse: Pulse, names: tuple[str, ...], metrics: DatabaseMetrics) -> None:
         """Prepare; nothing is serving until the first beat.
 
         Args:
             pulse: The database's.
             names: The names whose health is asked for; "" is that of the whole server.
+            metrics: Where it is seen.
         """
         self.servicer = health.aio.HealthServicer()
         self._pulse = pulse
         self._names = names
+        self._metrics = metrics
         self._serving: bool | None = None
 
     async def run(self) -> None:
@@ -69,6 +72,7 @@ class HealthMonitor:
         if serving == self._serving:
             return
         self._serving = serving
+        self._metrics.health(serving)
         for name in self._names:
             await self.servicer.set(name, _SERVING if serving else _NOT_SERVING)
         if serving:

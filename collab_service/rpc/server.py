@@ -12,6 +12,7 @@ from collab_service.addresses import cannot_listen, free_place, join_address, sp
 from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.service import LogService
+from collab_service.metrics import ServiceMetrics
 from collab_service.rpc.boundary import Boundary
 from collab_service.rpc.health import HealthMonitor
 from collab_service.rpc.servicer import Servicer
@@ -32,20 +33,24 @@ _FLUSH = 1.0
 class Server:
     """One process's service: the log, gRPC in front of it, and health beside it."""
 
-    def __init__(self, config: Config, database_url: str, *, on_death: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, database_url: str, *, metrics: ServiceMetrics, on_death: Callable[[], None]
+    ) -> None:
         """Prepare; `start` opens the port.
 
         Args:
             config: The settings.
             database_url: The database; its schema must be there.
+            metrics: Where it is seen how it fares.
             on_death: Called when a part of the server has died, after which the process has to go.
         """
         self._config = config
-        self._service = LogService(config, database_url, on_death=on_death)
-        self._health = HealthMonitor(self._service.pulse(), ("", SERVICE.full_name))
+        self._metrics = metrics
+        self._service = LogService(config, database_url, metrics=metrics, on_death=on_death)
+        self._health = HealthMonitor(self._service.pulse(), ("", SERVICE.full_name), metrics.database)
         self._tasks = BackgroundTasks(on_death)
-        self._servicer = Servicer(self._service, config.limits)
-        self._boundary = Boundary()
+        self._servicer = Servicer(self._service, config.limits, metrics.rpcs)
+        self._boundary = Boundary(metrics.rpcs)
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> str:
@@ -58,6 +63,7 @@ class Server:
         self._service.start()
         await self._health.beat()
         self._tasks.spawn(self._health.run(), "health")
+        self._tasks.spawn(self._metrics.of_process.run(), "metrics")
         host, port = split_address(self._config.grpc_address)
         if not self._config.share_port:
             free_place(self._config.grpc_address, option=_OPTION)
@@ -72,10 +78,10 @@ class Server:
         """Stop so that nothing acknowledged is lost, and nothing in progress cut within `grace` seconds."""
         # 1. Not ready: load balancers send nothing new.
         await self._health.drain()
-        # 2. Follows end, new calls are refused with a reason, and those in progress finish. That goes on for a moment
+        # 2. Streams end, new calls are refused with a reason, and those in progress finish. That goes on for a moment
         # before the port closes: grpc itself refuses by cancelling calls that have arrived but not begun, and tells
         # nobody why.
-        self._servicer.stop_following()
+        self._servicer.stop_streams()
         try:
             async with asyncio.timeout(grace):
                 await self._boundary.drain()

@@ -1,13 +1,17 @@
 """The RPCs. Each does four things: validate, convert, call, convert back."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 
+from collab_service.log.decide import AppendRequest
 from collab_service.log.service import LogService
+from collab_service.metrics import RpcMetrics
 from collab_service.model import Limits
 from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled, ShuttingDown
-from collab_service.rpc.boundary import Context, Unimplemented
-from collab_service.rpc.convert import event_message, page_bytes, session_message, timestamp
+from collab_service.rpc.append_stream import AppendStream
+from collab_service.rpc.boundary import Context
+from collab_service.rpc.convert import appended_message, event_message, page_bytes, session_message
 from collab_service.rpc.page_token import make_page_token
 from collab_service.rpc.validate import Check
 from collab_service.v1 import collab_service_pb2 as pb
@@ -21,15 +25,19 @@ _LAST_MESSAGE = 1.0
 class Servicer:
     """`CollabService`, as the protos describe it."""
 
-    def __init__(self, service: LogService, limits: Limits) -> None:
+    def __init__(self, service: LogService, limits: Limits, metrics: RpcMetrics) -> None:
         self._service = service
+        self._metrics = metrics
         self._limits = limits
+        self._append_streams: set[AppendStream] = set()
         self._follow_writes: set[asyncio.Timeout] = set()
         self._stopping = False
 
-    def stop_following(self) -> None:
-        """End all follows, also those whose reader takes no message."""
+    def stop_streams(self) -> None:
+        """End all follows, also those whose reader takes no message; and appends, once what was read is answered."""
         self._stopping = True
+        for stream in self._append_streams:
+            stream.stop()
         self._service.stop_following()
         for timeout in self._follow_writes:
             with suppress(RuntimeError):  # it has just run out
@@ -109,19 +117,22 @@ class Servicer:
 
     async def AppendEvents(self, request: pb.AppendEventsRequest, context: Context) -> pb.AppendEventsResponse:
         """Append a batch."""
-        with Check(self._limits) as check:
-            append = check.append(request, check.batch(request.events))
-        appended = await self._service.append(append)
-        return pb.AppendEventsResponse(
-            first_server_seq=appended.events[0].server_seq,
-            last_server_seq=appended.events[-1].server_seq,
-            create_time=timestamp(appended.events[0].created_at),
-            replayed=appended.replayed,
-        )
+        return appended_message(await self._service.append(self._batch(request)))
 
-    async def AppendStream(self, request: object, context: Context) -> None:
-        """Answer that it is not there yet."""
-        raise Unimplemented("AppendStream comes with a later version; use AppendEvents")
+    async def AppendStream(self, requests: AsyncIterator[pb.AppendStreamRequest], context: Context) -> None:
+        """Append batches, many on their way at once."""
+        if self._stopping:
+            raise ShuttingDown
+        stream = AppendStream(self._service, self._batch, context.write)
+        self._append_streams.add(stream)
+        try:
+            await stream.run(requests)
+        finally:
+            self._append_streams.discard(stream)
+
+    def _batch(self, request: pb.AppendEventsRequest) -> AppendRequest:
+        with Check(self._limits) as check:
+            return check.append(request, check.batch(request.events))
 
     async def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> None:
         """Send a session's events."""
@@ -131,7 +142,7 @@ class Servicer:
             check.at_least(0, "limit", request.limit)
             types = check.types(request.types)
         read = self._service.follow if request.follow else self._service.read
-        pages = read(request.session_id, since=request.since_server_seq, limit=request.limit, types=types)
+        pages = read(request.session_id, since=request.since_server_seq, limit=request.limit, types=types, encoded=True)
         async with aclosing(pages):
             async for page in pages:
                 message = page_bytes(page)
@@ -144,6 +155,7 @@ class Servicer:
                 if follow:
                     self._follow_writes.add(timeout)
                 await context.write(message)
+            self._metrics.sent(len(message), follow=follow)
         except TimeoutError:
             raise ShuttingDown if follow and self._stopping else ReaderStalled from None
         finally:

@@ -13,12 +13,16 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from collab_service.model.errors import CollabError, InvalidArgument, Reason
+from collab_service.v1 import collab_service_pb2 as pb
+from collab_service.v1 import error_reason_pb2 as pb_reason
 
 DOMAIN = "collab_service"
 DETAILS_KEY = "grpc-status-details-bin"
 
 # Everything about an error travels in the trailing metadata, for which clients have 8 KiB unless configured.
 _MAX_VIOLATIONS_BYTES = 2_048
+_MAX_VIOLATIONS = 100
+"""In a stream, where they travel in a message, which has more room."""
 _MAX_METADATA_VALUE = 1_024
 _MAX_MESSAGE = 400
 
@@ -62,21 +66,38 @@ def failure_of(error: CollabError) -> Failure:
         delay = Duration()
         delay.FromMicroseconds(int(error.retry_after * 1_000_000))
         details.append(RetryInfo(retry_delay=delay))
-    side_effects = "unknown" if error.may_have_been_written else "none"
-    return _failure(error.reason, str(error), dict(error.metadata), side_effects, details)
+    return _failure(error.reason, str(error), _metadata(error), details)
 
 
 def internal_failure(error_id: str) -> Failure:
     """Return the answer for a fault of ours: nothing but an id that stands in the log."""
     message = f"internal error; the server's log says more about {error_id}"
-    return _failure(Reason.INTERNAL, message, {"error_id": error_id}, "none", [])
+    return _failure(Reason.INTERNAL, message, {"error_id": error_id, "side_effects": "none"}, [])
 
 
-def _failure(reason: Reason, message: str, metadata: dict[str, str], side_effects: str, more: list[Message]) -> Failure:
+def append_failure(error: CollabError) -> pb.AppendFailure:
+    """Return the answer within an `AppendStream`: what `failure_of` would say, the bad fields among the metadata."""
+    metadata = _metadata(error)
+    if isinstance(error, InvalidArgument):
+        for violation in error.violations[:_MAX_VIOLATIONS]:
+            metadata[violation.field] = _cut(violation.message, _MAX_MESSAGE)
+    return pb.AppendFailure(
+        code=CODES[error.reason].value[0],
+        reason=pb_reason.ErrorReason.Value(f"ERROR_REASON_{error.reason}"),
+        message=_cut(str(error), _MAX_MESSAGE),
+        metadata=metadata,
+    )
+
+
+def _metadata(error: CollabError) -> dict[str, str]:
+    metadata = {name: _cut(value, _MAX_METADATA_VALUE) for name, value in error.metadata.items()}
+    return {**metadata, "side_effects": "unknown" if error.may_have_been_written else "none"}
+
+
+def _failure(reason: Reason, message: str, metadata: dict[str, str], more: list[Message]) -> Failure:
     code = CODES[reason]
     message = _cut(message, _MAX_MESSAGE)
-    metadata = {name: _cut(value, _MAX_METADATA_VALUE) for name, value in metadata.items()}
-    info = ErrorInfo(reason=reason, domain=DOMAIN, metadata={**metadata, "side_effects": side_effects})
+    info = ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
     status = Status(code=code.value[0], message=message)
     for detail in (info, *more):
         packed = AnyMessage()

@@ -1,6 +1,7 @@
 """The connection to PostgreSQL: one engine, its pool, and how its sessions are set up."""
 
 import select
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,7 +10,9 @@ import psycopg
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import QueuePool
 
+from collab_service.metrics import PoolMetrics
 from collab_service.model.errors import CommitOutcomeUnknown, DatabaseUnreachable, ReadOnlyServer
 from collab_service.storage.binary import load_times_as_micros
 from collab_service.storage.driver_errors import driver_errors
@@ -68,14 +71,16 @@ class Database:
     Errors of the driver come out as `StorageUnavailable` and its kinds, an exhausted pool as `Overloaded`.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+    def __init__(self, url: str, *, metrics: PoolMetrics, pool_size: int = 10) -> None:
         """Prepare; connects when first used.
 
         Args:
             url: Anything that libpq takes, and SQLAlchemy's `postgresql+psycopg://`.
+            metrics: Where the pool is seen.
             pool_size: Connections at most.
         """
         self._url = libpq_url(url)
+        self._metrics = metrics
         self._engine = create_async_engine(
             "postgresql+psycopg://",
             async_creator=self.connect,
@@ -86,6 +91,9 @@ class Database:
         )
         event.listen(self._engine.sync_engine, "checkout", _refuse_hung_up)
         event.listen(self._engine.sync_engine, "checkin", self._close_if_late)
+        pool = self._engine.sync_engine.pool
+        assert isinstance(pool, QueuePool)
+        metrics.watch(pool_size, pool.checkedout)
         self._disposed = False
 
     async def connect(self) -> DriverConnection:
@@ -106,7 +114,9 @@ class Database:
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that is rolled back at its end."""
         with driver_errors():
+            asked = time.perf_counter()
             async with self._engine.connect() as connection:
+                self._metrics.waited(time.perf_counter() - asked)
                 yield connection
 
     @asynccontextmanager
@@ -135,7 +145,9 @@ class Database:
             autocommit: Each statement is a transaction, which saves single reads two round trips.
         """
         with driver_errors():
+            asked = time.perf_counter()
             async with self._engine.connect() as connection:
+                self._metrics.waited(time.perf_counter() - asked)
                 driver: DriverConnection = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
                 try:
                     if autocommit:

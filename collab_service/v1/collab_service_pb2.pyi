@@ -840,7 +840,10 @@ class AppendFailure(_message.Message):
     """A sentence for people."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The variables of the reason, as in `google.rpc.ErrorInfo`."""
+        """The variables of the reason, as in `google.rpc.ErrorInfo`. For every
+        `INVALID_ARGUMENT` also the bad fields, at most 100: the path of each, with
+        what is wrong.
+        """
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import pytest
 
 from collab_service.config import Config
 from collab_service.log.service import LogService
+from tests.log.logs import unseen
 
 StartService = Callable[..., LogService]
 
@@ -21,7 +22,7 @@ async def start_service(database_url: str) -> AsyncIterator[StartService]:
 
         def start(url: str = database_url, **settings: Any) -> LogService:
             config = Config(data_dir=Path("/nonexistent"), **settings)
-            service = LogService(config, url, on_death=lambda: deaths.append("died"))
+            service = LogService(config, url, metrics=unseen(), on_death=lambda: deaths.append("died"))
             service.start()
             stack.push_async_callback(service.stop, 5)
             return service

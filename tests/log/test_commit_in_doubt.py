@@ -16,7 +16,7 @@ from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from tests.log.conftest import StartService
 from tests.log.logs import append, new_session, read_checked
-from tests.proxy import COMMITTED, INSERTING, PostgresProxy
+from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS, PostgresProxy
 from tests.waiting import until
 
 
@@ -28,23 +28,76 @@ async def proxy(database_url: str) -> AsyncIterator[PostgresProxy]:
 
 
 @pytest.mark.parametrize("took_place", [True, False])
-async def test_the_outcome_is_found_out(start_service: StartService, proxy: PostgresProxy, took_place: bool) -> None:
+@pytest.mark.parametrize(
+    ("before", "inserting", "committed"),
+    [(1, INSERTING, COMMITTED), (2, INSERTING_BEHIND_HEADS, INSERTED)],
+    ids=["in two round trips", "in one"],
+)
+async def test_the_outcome_is_found_out(
+    start_service: StartService, proxy: PostgresProxy, took_place: bool, before: int, inserting: bytes, committed: bytes
+) -> None:
     """Whether the lost commit took place or not: every caller gets a true OK, and each event is stored once."""
     service, reader = start_service(proxy.url), start_service()
     session_id = await new_session(service)
-    await append(service, session_id, NewEvent(type="first"))
+    for _ in range(before):
+        await append(service, session_id, NewEvent(type="before"))
     if took_place:
-        proxy.cut_before_server_says(COMMITTED)
+        proxy.cut_before_server_says(committed)
     else:
-        proxy.cut_before_client_says(INSERTING)
+        proxy.cut_before_client_says(inserting)
     sent = [NewEvent(client_seq=n) for n in range(10)]
     appended = await asyncio.gather(*(append(service, session_id, event) for event in sent))
     assert proxy.cuts == 1
     stored = await read_checked(reader, session_id)
-    assert sorted(e.content.client_seq or 0 for e in stored[1:]) == list(range(10))
-    assert {a.events[0] for a in appended} == set(stored[1:])
+    assert sorted(e.content.client_seq or 0 for e in stored[before:]) == list(range(10))
+    assert {a.events[0] for a in appended} == set(stored[before:])
     assert not any(a.replayed for a in appended)
-    assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 12
+    assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == before + 11
+
+
+async def test_a_statement_that_comes_late(
+    start_service: StartService, proxy: PostgresProxy, database_url: str
+) -> None:
+    """A statement that was on its way when the connection was lost may yet be carried out: nobody is told "none"."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    for _ in range(2):
+        await append(service, session_id, NewEvent(type="before"))
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        await connection.execute("CREATE TABLE full_disk (); INSERT INTO full_disk DEFAULT VALUES")
+        await connection.execute(
+            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF EXISTS (SELECT FROM full_disk) THEN RAISE disk_full; END IF; RETURN NEW; END $$"
+        )
+        await connection.execute(
+            "CREATE TRIGGER no_space BEFORE INSERT ON collab_events FOR EACH ROW EXECUTE FUNCTION no_space()"
+        )
+        proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
+        # It is looked up, it is not there, and the second attempt fails.
+        with pytest.raises(CommitOutcomeUnknown):
+            await append(service, session_id, NewEvent(type="late"))
+        assert len(await read_checked(reader, session_id)) == 2
+        await connection.execute("DELETE FROM full_disk")
+    proxy.send_what_is_late()
+
+    async def has_come() -> bool:
+        return len(await read_checked(reader, session_id)) == 3
+
+    await until(has_come, "the late event")
+    assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 4
+
+
+async def test_a_statement_that_comes_too_late(start_service: StartService, proxy: PostgresProxy) -> None:
+    """Once the second attempt has succeeded, the first one finds the numbers taken: the event is stored once."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    for _ in range(2):
+        await append(service, session_id, NewEvent(type="before"))
+    proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
+    assert (await append(service, session_id, NewEvent(type="once"))).events[0].server_seq == 3
+    proxy.send_what_is_late()
+    assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 4
+    assert [e.content.type for e in await read_checked(reader, session_id)] == ["before", "before", "once", "next"]
 
 
 async def test_trouble_while_finding_out_is_no_answer(
@@ -55,11 +108,10 @@ async def test_trouble_while_finding_out_is_no_answer(
     session_id = await new_session(service)
     await append(service, session_id, NewEvent(type="first"))
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        # The commit that gets lost also mislays the sequence that looking it up needs: an error that nothing expects.
+        # The commit that gets lost also makes new connections look for the tables elsewhere, which nothing expects.
         await connection.execute(
             "CREATE FUNCTION mislay() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF to_regclass('collab_events_id_seq') IS NOT NULL THEN"
-            " ALTER SEQUENCE collab_events_id_seq RENAME TO mislaid; END IF; RETURN NULL; END $$"
+            " EXECUTE format('ALTER DATABASE %I SET search_path = nowhere', current_database()); RETURN NULL; END $$"
         )
         await connection.execute(
             "CREATE CONSTRAINT TRIGGER mislay AFTER INSERT ON collab_events DEFERRABLE INITIALLY DEFERRED"
@@ -83,7 +135,11 @@ async def test_trouble_while_finding_out_is_no_answer(
         await until(has_failed_to_look, "a look that fails")
         assert not any(task.done() for task in tasks)
         await connection.execute("DROP TRIGGER mislay ON collab_events")
-        await connection.execute("ALTER SEQUENCE mislaid RENAME TO collab_events_id_seq")
+        await connection.execute(f"ALTER DATABASE {connection.info.dbname} RESET search_path")
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
         appended = await asyncio.gather(*tasks)
     stored = await read_checked(reader, session_id)
     assert sorted(e.content.client_seq or 0 for e in stored[1:]) == [0, 1, 2, 3]

@@ -16,6 +16,7 @@ from collab_service.log.reading import Page, Reader
 from collab_service.log.service import LogService
 from collab_service.log.tail import Tail
 from collab_service.log.tails import Tails
+from collab_service.metrics import FollowMetrics
 from collab_service.model import NewEvent
 from collab_service.model.errors import (
     CollabError,
@@ -28,7 +29,7 @@ from collab_service.model.errors import (
 from collab_service.storage.database import Database
 from collab_service.storage.embedded import Cluster
 from tests.log.conftest import StartService
-from tests.log.logs import append, new_session, read_checked
+from tests.log.logs import append, new_session, read_checked, unseen
 from tests.waiting import until
 
 SMALL = NewEvent(payload='{"a":1}')
@@ -163,8 +164,10 @@ async def test_without_notifications(start_service: StartService) -> None:
 async def test_a_busy_session_keeps_no_other_from_being_looked_at(service: LogService, database_url: str) -> None:
     """However often it is told to look at one session, what was missed of another is found in time."""
     busy, quiet = await new_session(service), await new_session(service)
-    database = Database(database_url)
-    tails = Tails(Reader(database, at_once=2), max_followers=2)
+    metrics = unseen()
+    database = Database(database_url, metrics=metrics.database.pool("tails"))
+    reader = Reader(database, metrics=metrics.reads.of("tails"), at_once=2)
+    tails = Tails(reader, metrics=metrics.follows, max_followers=2)
 
     async def tell_again_and_again() -> None:
         while True:
@@ -398,8 +401,8 @@ async def test_nothing_is_kept_for_sessions_that_nobody_follows(
     tails: list[weakref.ref[Tail]] = []
     begin = Tail.__init__
 
-    def remember(tail: Tail, session_id: int, max_bytes: int) -> None:
-        begin(tail, session_id, max_bytes)
+    def remember(tail: Tail, session_id: int, max_bytes: int, metrics: FollowMetrics) -> None:
+        begin(tail, session_id, max_bytes, metrics)
         tails.append(weakref.ref(tail))
 
     monkeypatch.setattr(Tail, "__init__", remember)
@@ -563,7 +566,7 @@ async def test_many_sessions_at_once(start_service: StartService) -> None:
 
 async def test_a_limit_on_followers_counts_all_sessions() -> None:
     """The limit is that of the process."""
-    tails = Tails(None, max_followers=1)  # type: ignore[arg-type]  # nothing is read
+    tails = Tails(None, metrics=unseen().follows, max_followers=1)  # type: ignore[arg-type]  # nothing is read
     with tails.join(1), pytest.raises(TooManyFollowers), tails.join(2):
         pass
     with tails.join(2):

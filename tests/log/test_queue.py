@@ -33,7 +33,7 @@ async def test_sessions_take_turns() -> None:
     assert sessions(first_two) == [1, 2]
     rest = queue.take(events=100, size=100, sessions=100)
     assert [p for p in [*first_two, *rest] if p.request.session_id == 1] == busy[2:]
-    assert (len(queue), queue.ready) == (0, 0)
+    assert (len(queue), queue.arrivals.ready) == (0, 0)
 
 
 async def test_bounds_of_a_transaction() -> None:
@@ -84,7 +84,7 @@ async def test_callers_who_left_give_their_room_back() -> None:
     queue.put(third)
     third.answer.cancel()
     assert queue.take(events=10, size=10, sessions=10) == [second]
-    assert (len(queue), queue.ready) == (0, 0)
+    assert (len(queue), queue.arrivals.ready) == (0, 0)
 
 
 async def test_a_held_session_waits_apart_in_its_order() -> None:
@@ -97,23 +97,23 @@ async def test_a_held_session_waits_apart_in_its_order() -> None:
     queue.put(second)
     queue.put_back([first])
     queue.hold(1)
-    assert queue.ready == 0
+    assert queue.arrivals.ready == 0
     assert queue.take(events=10, size=10, sessions=10) == []
     third = pending(1)
     queue.put(third)
     assert queue.take_held(1, events=2, size=10) == [first, second]
     queue.release(1)
-    assert queue.ready == 1
+    assert queue.arrivals.ready == 1
     assert queue.take(events=10, size=10, sessions=10) == [third]
     queue.hold(1)
     queue.release(1)
-    assert (len(queue), queue.ready) == (0, 0)
+    assert (len(queue), queue.arrivals.ready) == (0, 0)
 
 
 async def test_waiting_for_a_number_of_requests() -> None:
     """The writer sleeps until there is enough to write."""
     queue = AppendQueue(QueueLimits())
-    waiting = asyncio.create_task(queue.wait_for(2))
+    waiting = asyncio.create_task(queue.arrivals.wait_for(2))
     await asyncio.sleep(0)
     queue.put(pending(1))
     await asyncio.sleep(0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from collab_service.log.tail import Tail
 from collab_service.model import Event, NewEvent
 from collab_service.model.errors import ShuttingDown
+from tests.log.logs import unseen
 from tests.waiting import until
 
 
@@ -26,7 +27,7 @@ def numbers_after(tail: Tail, position: int) -> list[int] | None:
 @pytest.fixture
 async def tail() -> Tail:
     """A tail of a session whose head was found to be 10, with a follower."""
-    tail = Tail(1, 1024 * 1024)
+    tail = Tail(1, 1024 * 1024, unseen().follows)
     tail.followers = 1
     tail.learn(10)
     return tail
@@ -65,7 +66,7 @@ async def test_events_that_leave_a_gap(tail: Tail) -> None:
 
 async def test_an_event_before_the_head_was_found() -> None:
     """An event that is committed while a follower looks up the head is in the tail."""
-    tail = Tail(1, 1024 * 1024)
+    tail = Tail(1, 1024 * 1024, unseen().follows)
     tail.followers = 1
     tail.feed(events(11, 11), 11)
     tail.learn(10)
@@ -75,7 +76,7 @@ async def test_an_event_before_the_head_was_found() -> None:
 
 async def test_memory_is_bounded() -> None:
     """The oldest is let go first, and the newest kept whatever its size."""
-    tail = Tail(1, 100_000)
+    tail = Tail(1, 100_000, unseen().follows)
     tail.followers = 1
     tail.learn(0)
     for n in range(1, 31):
@@ -167,7 +168,7 @@ async def test_waiting(tail: Tail) -> None:
 
 async def test_rounds() -> None:
     """With many followers, what comes within a moment is handed out together."""
-    tail = Tail(1, 1024 * 1024)
+    tail = Tail(1, 1024 * 1024, unseen().follows)
     tail.followers = 1_000
     tail.learn(0)
     for n in range(1, 11):
@@ -186,7 +187,7 @@ async def test_rounds() -> None:
 )
 async def test_never_a_gap(start: int, steps: list[tuple[int, int, int]]) -> None:
     """Whatever is fed in whatever order: what is handed out continues the position, and reaches as far as it can."""
-    tail = Tail(1, 20_000)
+    tail = Tail(1, 20_000, unseen().follows)
     tail.followers = 1
     tail.learn(start)
     reached = start

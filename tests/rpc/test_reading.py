@@ -4,10 +4,12 @@ import threading
 
 import grpc
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
-from tests.rpc.calls import append, events, failure, new_session, read
+from tests.rpc.calls import TIMEOUT, append, events, failure, new_session, read
 
 COUNT = 12_000
 """More than one look through the table covers."""
@@ -141,13 +143,6 @@ def test_deleted_while_reading(stub: CollabServiceStub) -> None:
     assert len(got) < 30
 
 
-def test_later_versions_answer_unimplemented(stub: CollabServiceStub) -> None:
-    """What is not there yet says so."""
-    with pytest.raises(grpc.RpcError) as caught:
-        list(stub.AppendStream(iter([pb.AppendStreamRequest()])))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 def test_events_of_nobody_else(stub: CollabServiceStub) -> None:
     """Sessions do not see each other's events."""
     one, two = new_session(stub), new_session(stub)
@@ -155,3 +150,49 @@ def test_events_of_nobody_else(stub: CollabServiceStub) -> None:
     append(stub, two, type="two")
     assert [event.type for event in events(stub, one)] == ["one"]
     assert [event.type for event in events(stub, two)] == ["two"]
+
+
+_NUMBERS = st.sampled_from([0, 1, 127, 128, 2**28 - 1, 2**28, 2**35, 2**56 - 1, 2**56, 2**63 - 1]) | st.integers(
+    0, 2**63 - 1
+)
+_TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60)
+_LENGTHS = st.sampled_from([0, 1, 126, 127, 128, 16_382, 16_383, 16_384]) | st.integers(0, 20_000)
+_EVENTS = st.builds(
+    pb.NewEvent,
+    actor_id=st.none() | _TEXTS,
+    client_seq=st.none() | _NUMBERS,
+    type=st.none() | _TEXTS,
+    hash=st.none() | st.just("") | _TEXTS,
+    signature=st.binary(max_size=1_024),
+) | st.builds(pb.NewEvent, binary=_LENGTHS.map(bytes)) | st.builds(
+    pb.NewEvent, json=_LENGTHS.map(lambda n: '{"ü":"' + "x" * n + '"}')
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sent=st.lists(_EVENTS, min_size=1, max_size=8))
+def test_what_the_database_encodes(stub: CollabServiceStub, sent: list[pb.NewEvent]) -> None:
+    """A list, whose messages PostgreSQL makes, has the very events that appending them has answered."""
+    session_id = new_session(stub)
+    answered = [
+        stub.AppendEvent(pb.AppendEventRequest(session_id=session_id, event=event), timeout=TIMEOUT).event
+        for event in sent
+    ]
+    assert events(stub, session_id) == answered
+    followed = stub.ListEvents(pb.ListEventsRequest(session_id=session_id, follow=True, limit=len(sent)))
+    assert [event for message in followed for event in message.events] == answered
+
+
+def test_a_page_that_is_cut_short_in_the_middle_of_reading_ahead(stub: CollabServiceStub) -> None:
+    """Pages are read ahead as if all were full; where large events make one shorter, nothing is missing or doubled."""
+    session_id = new_session(stub)
+    for first in range(0, 3_000, 500):
+        large = first in (500, 1_500)
+        batch = [pb.NewEvent(client_seq=first + n, binary=b"x" * (7_000 if large else 7)) for n in range(500)]
+        stub.AppendEvents(pb.AppendEventsRequest(session_id=session_id, events=batch), timeout=TIMEOUT)
+    messages = read(stub, session_id)
+    assert [event.client_seq for message in messages for event in message.events] == list(range(3_000))
+    assert all(message.ByteSize() < 1_200_000 and len(message.events) <= 500 for message in messages)
+    for since, limit in ((0, 501), (499, 1), (250, 1_700), (700, 2_300), (2_999, 0)):
+        numbers = [event.server_seq for event in events(stub, session_id, since_server_seq=since, limit=limit)]
+        assert numbers == list(range(since + 1, min(since + limit, 3_000) + 1 if limit else 3_001))

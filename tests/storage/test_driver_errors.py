@@ -36,6 +36,7 @@ from collab_service.storage.database import Database, Pulse, libpq_url, url_prob
 from collab_service.storage.driver_errors import cause_of
 from collab_service.storage.embedded import Cluster
 from collab_service.storage.repository import sessions
+from tests.log.logs import unseen
 from tests.waiting import until
 
 LIMITED_PASSWORD = "not-the-owner's"
@@ -44,7 +45,7 @@ LIMITED_PASSWORD = "not-the-owner's"
 @asynccontextmanager
 async def database_of(url: str, pool_size: int = 4) -> AsyncIterator[Database]:
     """Open a database's pool and close it at the end."""
-    database = Database(url, pool_size=pool_size)
+    database = Database(url, metrics=unseen().database.pool("calls"), pool_size=pool_size)
     yield database
     await database.dispose()
 

@@ -22,7 +22,7 @@ from collab_service.storage.embedded import Cluster
 from collab_service.storage.schema import SchemaState, schema_state
 from collab_service.storage.tables import metadata
 from tests.conftest import database_url_of
-from tests.log.logs import append, new_session, read_checked
+from tests.log.logs import append, new_session, read_checked, unseen
 from tests.processes import COLLAB, clean_environment, collab
 from tests.waiting import until
 
@@ -77,7 +77,7 @@ async def log_service(url: str) -> AsyncIterator[LogService]:
     def died() -> None:
         raise AssertionError("a background task died")
 
-    service = LogService(Config(data_dir=Path("/nonexistent")), url, on_death=died)
+    service = LogService(Config(data_dir=Path("/nonexistent")), url, metrics=unseen(), on_death=died)
     service.start()
     yield service
     await service.stop(5)

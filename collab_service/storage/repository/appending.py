@@ -1,6 +1,6 @@
 """The statements of an append transaction, sent in groups; see `collab_service.storage.pipeline` for why."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct, field
@@ -29,6 +29,9 @@ from collab_service.storage.repository.rows import CONTENT_COLUMNS, EVENT_COLUMN
 BEGIN = Command(Statement(b"begin", b"BEGIN"))
 COMMIT = Command(Statement(b"commit", b"COMMIT"))
 ROLLBACK = Command(Statement(b"rollback", b"ROLLBACK"))
+
+# One plan for each statement, whatever the lengths of the arrays: planning takes as long as inserting twenty rows.
+KEEP_PLANS = Command(Statement(b"keep_plans", b"SET plan_cache_mode = force_generic_plan"))
 
 _SET_LOCK_TIMEOUT = Statement(b"set_lock_timeout", b"SELECT set_config('lock_timeout', $1, true)", (TEXT,))
 
@@ -78,21 +81,69 @@ _STORED = Statement(
     (INT8_ARRAY, INT8_ARRAY, INT8_ARRAY),
 )
 
+_COLUMNS = (
+    ("session_id", INT8_ARRAY),
+    ("server_seq", INT8_ARRAY),
+    ("created_at", TIMESTAMPTZ_ARRAY),
+    ("chain_hash", BYTEA_ARRAY),
+    *((column.name, column.array_type) for column in CONTENT_COLUMNS),
+)
+_COLUMN_NAMES = ", ".join(name for name, _ in _COLUMNS)
+_COLUMN_TYPES = tuple(oid for _, oid in _COLUMNS)
+_COLUMN_PARAMETERS = ", ".join(f"${n}" for n in range(1, 1 + len(_COLUMNS)))
+_MORE = tuple(f"${n}" for n in range(1 + len(_COLUMNS), 3 + len(_COLUMNS)))
+
 _INSERT = Statement(
     b"insert",
     f"""
-    INSERT INTO collab_events
-        (session_id, server_seq, id, created_at, chain_hash, {", ".join(column.name for column in CONTENT_COLUMNS)})
-    SELECT * FROM unnest({", ".join(f"${n}" for n in range(1, 6 + len(CONTENT_COLUMNS)))})
+    INSERT INTO collab_events ({_COLUMN_NAMES}, id) SELECT * FROM unnest({_COLUMN_PARAMETERS}, {_MORE[0]})
     """.encode(),
-    (
-        INT8_ARRAY,
-        INT8_ARRAY,
-        INT8_ARRAY,
-        TIMESTAMPTZ_ARRAY,
-        BYTEA_ARRAY,
-        *(column.array_type for column in CONTENT_COLUMNS),
-    ),
+    (*_COLUMN_TYPES, INT8_ARRAY),
+)
+
+# A whole append transaction in one statement, for sessions whose heads are known. It inserts everything, or nothing
+# when a session is gone, held by somebody else, or has another head. Its snapshot is older than its locks, so a head
+# may have moved in between; but then the numbers are taken, and the primary key refuses them. The ids are taken from
+# the sequence while the locks are held, here as well.
+_INSERT_BEHIND_HEADS = Statement(
+    b"insert_behind_heads",
+    f"""
+    WITH locked AS MATERIALIZED (
+        SELECT s.id
+        FROM unnest({_MORE[0]}, {_MORE[1]}) AS known (session_id, chain_hash)
+        JOIN collab_sessions s ON s.id = known.session_id AND s.deleted_at IS NULL
+        WHERE known.chain_hash = (
+            SELECT e.chain_hash FROM collab_events e
+            WHERE e.session_id = known.session_id ORDER BY e.server_seq DESC LIMIT 1
+        )
+        FOR UPDATE OF s SKIP LOCKED
+    ), inserted AS (
+        INSERT INTO collab_events ({_COLUMN_NAMES}) SELECT * FROM unnest({_COLUMN_PARAMETERS})
+        WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
+        RETURNING session_id, server_seq, id
+    )
+    SELECT array_agg(id ORDER BY session_id, server_seq) FROM inserted
+    """.encode(),
+    (*_COLUMN_TYPES, INT8_ARRAY, BYTEA_ARRAY),
+)
+
+# When sessions were active, written by the transaction that holds their rows. Where it has inserted nothing, this does
+# nothing either: it waits for no lock, and moves no time beyond the last event's.
+_TOUCH = Statement(
+    b"touch",
+    b"""
+    UPDATE collab_sessions s SET last_active = given.at
+    FROM unnest($1, $2) AS given (id, at)
+    WHERE s.id = given.id AND s.last_active < given.at
+      AND s.id IN (
+          SELECT id FROM collab_sessions WHERE id = ANY($1) AND deleted_at IS NULL FOR UPDATE SKIP LOCKED
+      )
+      AND given.at <= (
+          SELECT e.created_at FROM collab_events e
+          WHERE e.session_id = given.id ORDER BY e.server_seq DESC LIMIT 1
+      )
+    """,
+    (INT8_ARRAY, TIMESTAMPTZ_ARRAY),
 )
 
 _READERS: dict[str, Callable[[bytes], Any]] = {
@@ -130,7 +181,7 @@ async def lock_sessions(
     session_ids: Collection[int],
     keys: Sequence[tuple[int, str]],
     *,
-    new_ids: int,
+    new_ids: int = 0,
     wait_seconds: float | None = None,
 ) -> Locked:
     """Begin a transaction, lock sessions in the order of their ids, and read their heads and known keys.
@@ -139,7 +190,7 @@ async def lock_sessions(
         connection: A connection without a transaction.
         session_ids: The sessions to lock.
         keys: Idempotency keys to look up, each with its session.
-        new_ids: How many ids to reserve for new events; at least 1.
+        new_ids: How many ids to reserve for new events.
         wait_seconds: How long to wait for rows that others hold; None leaves those rows out.
 
     Raises:
@@ -151,8 +202,9 @@ async def lock_sessions(
     commands = [
         Command(_LOCK_FREE if wait_seconds is None else _LOCK_WAITING, [ids]),
         Command(_HEADS, [ids]),
-        Command(_NEW_IDS, [int8(new_ids)]),
     ]
+    if new_ids:
+        commands.append(Command(_NEW_IDS, [int8(new_ids)]))
     if keys:
         commands.append(Command(_KNOWN_KEYS, [int8_array([s for s, _ in keys]), text_array([key for _, key in keys])]))
     if wait_seconds is None:
@@ -160,10 +212,10 @@ async def lock_sessions(
     else:
         timeout = Command(_SET_LOCK_TIMEOUT, [b"%dms" % int(wait_seconds * 1000)])
         _, _, *results = await connection.run(BEGIN, timeout, *commands)
-    lock, heads, reserved, *known = results
+    lock, heads, *more = results
 
     ours = {read_int8(_value(lock, row, 0)) for row in range(lock.ntuples)}
-    locked = Locked(read_int8_array(_value(reserved, 0, 0)))
+    locked = Locked(read_int8_array(_value(more.pop(0), 0, 0)) if new_ids else ())
     for row in range(heads.ntuples):
         session_id = read_int8(_value(heads, row, 0))
         if session_id not in ours:
@@ -174,7 +226,7 @@ async def lock_sessions(
             locked.heads[session_id] = Head(
                 read_int8(_value(heads, row, 1)), read_timestamptz(_value(heads, row, 2)), _value(heads, row, 3)
             )
-    for result in known:
+    for result in more:
         for row in range(result.ntuples):
             place = read_int8(_value(result, row, 0)), _value(result, row, 1).decode()
             locked.known_keys[place] = read_int8(_value(result, row, 2))
@@ -195,25 +247,67 @@ async def read_stored(
     return stored
 
 
-async def insert_and_commit(connection: PipelineConnection, events: Sequence[Event]) -> None:
+async def insert_and_commit(
+    connection: PipelineConnection, events: Sequence[Event], *, active: Mapping[int, int]
+) -> None:
     """Insert events, if there are any, and commit, in one round trip.
+
+    Args:
+        connection: A connection whose transaction has locked the events' sessions.
+        events: What to insert.
+        active: Times to write as those of the sessions' last activity, in microseconds.
 
     Raises:
         psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
     """
-    if not events:
-        await connection.run(COMMIT)
-        return
+    commands = [*_touch(active), COMMIT]
+    if events:
+        ids = int8_array([event.id for event in events])
+        commands.insert(0, Command(_INSERT, [*_columns(events), ids]))
+    await connection.run(*commands)
+
+
+async def insert_behind_heads(
+    connection: PipelineConnection, heads: Mapping[int, Head], events: Sequence[Event], *, active: Mapping[int, int]
+) -> list[int] | None:
+    """Insert events in a transaction of their own, in one round trip, if their sessions' heads are those given.
+
+    Args:
+        connection: A connection without a transaction.
+        heads: The head of each session; none of them is empty.
+        events: At least one, ordered by session and number; their ids are not looked at.
+        active: Times to write as those of the sessions' last activity, in microseconds.
+
+    Returns:
+        Their ids; None when nothing was inserted: a session is gone, held by somebody else, or has another head.
+
+    Raises:
+        psycopg.errors.UniqueViolation: A number is taken, or an idempotency key is known. Nothing was inserted.
+        psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
+    """
+    known = [int8_array(list(heads)), bytea_array([head.chain_hash for head in heads.values()])]
+    insert = Command(_INSERT_BEHIND_HEADS, [*_columns(events), *known])
+    inserted, *_ = await connection.run(insert, *_touch(active))
+    ids = inserted.get_value(0, 0)
+    return None if ids is None else read_int8_array(ids)
+
+
+def _touch(active: Mapping[int, int]) -> list[Command]:
+    if not active:
+        return []
+    return [Command(_TOUCH, [int8_array(list(active)), timestamptz_array(list(active.values()))])]
+
+
+def _columns(events: Sequence[Event]) -> list[bytes]:
+    """Return the parameters for `_COLUMNS`."""
     contents = [event.content for event in events]
-    parameters = [
+    return [
         int8_array([event.session_id for event in events]),
         int8_array([event.server_seq for event in events]),
-        int8_array([event.id for event in events]),
         timestamptz_array([event.created_at for event in events]),
         bytea_array([event.chain_hash for event in events]),
         *(column.pack(list(map(column.value, contents))) for column in CONTENT_COLUMNS),
     ]
-    await connection.run(Command(_INSERT, parameters), COMMIT)
 
 
 def _value(result: PGresult, row: int, column: int) -> bytes:

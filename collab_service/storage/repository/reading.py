@@ -1,10 +1,15 @@
 """The statements that read a session's events."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from collab_service.model import Event
 from collab_service.storage.database import DriverConnection
 from collab_service.storage.repository.rows import EVENT_COLUMNS, event_from_row
+from collab_service.storage.repository.wire import events_sql
 
 _HEADS = """
 SELECT s.id,
@@ -30,6 +35,36 @@ ORDER BY server_seq
 """
 _PAGE_OF_ALL = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="")
 _PAGE_OF_TYPES = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="AND type = ANY(%(types)s)")
+_ENCODED_PAGE_OF_ALL = events_sql(_PAGE.format(columns="*", types=""))
+_ENCODED_PAGE_OF_TYPES = events_sql(_PAGE.format(columns="*", types="AND type = ANY(%(types)s)"))
+
+
+class PageBounds(Struct, frozen=True):
+    """Which events are asked for: the first ones of a session above `after` and up to `through`."""
+
+    session_id: int
+    after: int
+    through: int
+    types: Collection[str]
+    """Of these types; none means all."""
+    count: int
+    """So many at most."""
+    max_bytes: int
+    """Bytes of payloads at most, but for a single larger event."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the statements' parameters."""
+        return {**asdict(self), "types": list(self.types)}
+
+
+class EncodedEvents(Struct, frozen=True):
+    """Events as the bytes of a protobuf message with `repeated Event events = 1`."""
+
+    data: bytes
+    count: int
+    last_server_seq: int
+    size: int
+    """Bytes of payloads."""
 
 
 async def read_heads(connection: DriverConnection, session_ids: Sequence[int]) -> dict[int, int]:
@@ -39,29 +74,18 @@ async def read_heads(connection: DriverConnection, session_ids: Sequence[int]) -
     return dict(await cursor.fetchall())
 
 
-async def read_page(
-    connection: DriverConnection,
-    session_id: int,
-    *,
-    after: int,
-    through: int,
-    types: Collection[str],
-    count: int,
-    max_bytes: int,
-) -> list[Event]:
-    """Return the first events above `after`, up to `through`, of the given types (none given: all).
-
-    At most `count` events and `max_bytes` of payloads, but for a single larger event. Empty also when there is no such
-    session (any more).
-    """
+async def read_page(connection: DriverConnection, bounds: PageBounds) -> list[Event]:
+    """Return the events asked for; none also when there is no such session (any more)."""
     cursor = connection.cursor(binary=True)
-    parameters = {
-        "session_id": session_id,
-        "after": after,
-        "through": through,
-        "types": list(types),
-        "count": count,
-        "max_bytes": max_bytes,
-    }
-    await cursor.execute(_PAGE_OF_TYPES if types else _PAGE_OF_ALL, parameters, prepare=True)
+    statement = _PAGE_OF_TYPES if bounds.types else _PAGE_OF_ALL
+    await cursor.execute(statement, bounds.parameters(), prepare=True)
     return [event_from_row(row) for row in await cursor.fetchall()]
+
+
+async def read_encoded_page(connection: DriverConnection, bounds: PageBounds) -> EncodedEvents | None:
+    """Return the events asked for; None when there are none, also when there is no such session (any more)."""
+    cursor = connection.cursor(binary=True)
+    statement = _ENCODED_PAGE_OF_TYPES if bounds.types else _ENCODED_PAGE_OF_ALL
+    await cursor.execute(statement, bounds.parameters(), prepare=True)
+    row = await cursor.fetchone()
+    return None if row is None or row[0] is None else EncodedEvents(*row)

@@ -1,0 +1,134 @@
+"""`AppendStream`: many appends on their way at once, carried out and answered in the order in which they came."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from msgspec import Struct
+
+from collab_service.log.decide import Appended, AppendRequest, Decision
+from collab_service.log.queue import Pending, Succession
+from collab_service.log.service import LogService
+from collab_service.model.errors import CollabError, InvalidArgument, ReaderStalled, ShuttingDown
+from collab_service.rpc.convert import appended_message
+from collab_service.rpc.status import append_failure
+from collab_service.v1 import collab_service_pb2 as pb
+
+_REQUESTS = 256
+_BYTES = 8 * 1024 * 1024
+"""What may be on its way for one stream: requests, and their bytes, of which one request may have more."""
+_STALLED = 60.0
+"""Seconds after which a caller that takes no answer is ended."""
+
+
+class _Entry(Struct):
+    """A request that was read, and what became of it."""
+
+    number: int
+    size: int
+    outcome: Pending | CollabError
+
+
+class AppendStream:
+    """One call of `AppendStream`.
+
+    One task reads requests and lets them wait to be written; the other waits for what became of them and answers.
+    When there is no room (too much is on its way here, or too much waits in this process) nothing more is read, which
+    the caller's grpc notices by itself.
+    """
+
+    def __init__(
+        self,
+        service: LogService,
+        check: Callable[[pb.AppendEventsRequest], AppendRequest],
+        write: Callable[[pb.AppendStreamResponse], Awaitable[None]],
+    ) -> None:
+        """Prepare; `run` does it.
+
+        Args:
+            service: Where to append.
+            check: Returns what a request asks for; raises `InvalidArgument`.
+            write: Sends an answer.
+        """
+        self._service = service
+        self._check = check
+        self._write = write
+        self._succession = Succession()
+        self._on_their_way: deque[_Entry] = deque()
+        self._size = 0
+        self._changed = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+        self._read_everything = False
+        self._stopping = False
+
+    async def run(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
+        """Answer requests until there are no more.
+
+        Raises:
+            CollabError: The stream has to end: a request could not be carried out through no fault of its own, or the
+                server stops. What was not answered may or may not be stored.
+        """
+        self._reader = asyncio.create_task(self._read(requests), name="append-stream")
+        try:
+            while (entry := await self._next()) is not None:
+                outcome = entry.outcome
+                decision: Decision = await outcome.answer if isinstance(outcome, Pending) else outcome
+                self._on_their_way.popleft()
+                self._size -= entry.size
+                self._changed.set()
+                await self._send(_answer(entry.number, decision))
+            if self._stopping:
+                raise ShuttingDown
+            await self._reader  # raises what has ended it
+        finally:
+            self._reader.cancel()
+            for entry in self._on_their_way:
+                if isinstance(entry.outcome, Pending):
+                    self._service.withdraw(entry.outcome)
+
+    def stop(self) -> None:
+        """Read nothing more; end with `ShuttingDown` when what has been read is answered."""
+        self._stopping = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def _read(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
+        try:
+            async for message in requests:
+                request = message.request
+                size = request.ByteSize()
+                while self._on_their_way and (len(self._on_their_way) >= _REQUESTS or self._size + size > _BYTES):
+                    self._changed.clear()
+                    await self._changed.wait()
+                try:
+                    outcome: Pending | CollabError = await self._service.submit(self._check(request), self._succession)
+                except InvalidArgument as error:
+                    outcome = error
+                self._on_their_way.append(_Entry(message.request_number, size, outcome))
+                self._size += size
+                self._changed.set()
+        finally:
+            self._read_everything = True
+            self._changed.set()
+
+    async def _next(self) -> _Entry | None:
+        """Return the first request that is not answered, once there is one; None when none will come."""
+        while not self._on_their_way:
+            if self._read_everything:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        return self._on_their_way[0]
+
+    async def _send(self, answer: pb.AppendStreamResponse) -> None:
+        try:
+            async with asyncio.timeout(_STALLED):
+                await self._write(answer)
+        except TimeoutError:
+            raise ReaderStalled from None
+
+
+def _answer(number: int, decision: Decision) -> pb.AppendStreamResponse:
+    if isinstance(decision, Appended):
+        return pb.AppendStreamResponse(request_number=number, response=appended_message(decision))
+    return pb.AppendStreamResponse(request_number=number, failure=append_failure(decision))
