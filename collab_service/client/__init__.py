@@ -11,6 +11,7 @@
 `docs/client.md` has more.
 """
 
+from collab_service.client.appender import Appender
 from collab_service.client.check import BrokenLog, LogCheck
 from collab_service.client.client import DEFAULT_TARGET, END, CollabClient
 from collab_service.client.errors import (
@@ -32,6 +33,7 @@ from collab_service.client.errors import (
 from collab_service.client.request_id import request_id
 from collab_service.client.retry import RetryPolicy
 from collab_service.client.values import (
+    Acknowledged,
     Appended,
     AppendedBatch,
     CreatedSession,
@@ -45,8 +47,10 @@ from collab_service.client.values import (
 __all__ = [
     "DEFAULT_TARGET",
     "END",
+    "Acknowledged",
     "Appended",
     "AppendedBatch",
+    "Appender",
     "BrokenLog",
     "CollabClient",
     "CreatedSession",

@@ -26,6 +26,9 @@ import grpc
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from collab_service.v1 import collab_service_pb2 as pb
+from collab_service.v1.error_reason_pb2 import ErrorReason
+
 SideEffects = Literal["none", "unknown"]
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -177,6 +180,11 @@ _BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
+_BY_NUMBER: dict[int, type[ServiceError]] = {code.value[0]: kind for code, kind in _BY_CODE.items()}
+_VARIABLES = {"known_indexes"}
+"""What the metadata of an `INVALID_ARGUMENT` within a stream holds besides its bad fields."""
+
+
 def error_of(rpc_error: grpc.RpcError, *, writes: bool) -> ServiceError:
     """Return what a failed RPC means.
 
@@ -231,6 +239,18 @@ def error_of(rpc_error: grpc.RpcError, *, writes: bool) -> ServiceError:
     )
     if isinstance(error, InvalidRequest):
         error.violations = tuple(violations)
+    return error
+
+
+def error_of_failure(failure: pb.AppendFailure) -> ServiceError:
+    """Return what an `AppendFailure` means."""
+    reason = ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
+    variables = dict(failure.metadata)
+    side_effects: SideEffects = "unknown" if variables.pop("side_effects", "none") == "unknown" else "none"
+    kind = _BY_REASON.get(reason) or _BY_NUMBER.get(failure.code, InternalError)
+    error = kind(failure.message, reason=reason, side_effects=side_effects, metadata=variables)
+    if isinstance(error, InvalidRequest):
+        error.violations = tuple(Violation(*item) for item in sorted(variables.items()) if item[0] not in _VARIABLES)
     return error
 
 

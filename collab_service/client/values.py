@@ -130,6 +130,15 @@ class Appended(NamedTuple):
     been an attempt of this call that was cut off."""
 
 
+class Acknowledged(NamedTuple):
+    """What appending an event through an appender returns."""
+
+    server_seq: int
+    created_at: datetime
+    replayed: bool
+    """True when an earlier call had stored it, by its idempotency key."""
+
+
 class AppendedBatch(NamedTuple):
     """What appending a batch returns."""
 

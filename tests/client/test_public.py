@@ -10,8 +10,10 @@ from tests.processes import clean_environment
 PUBLIC = [
     "DEFAULT_TARGET",
     "END",
+    "Acknowledged",
     "Appended",
     "AppendedBatch",
+    "Appender",
     "BrokenLog",
     "CollabClient",
     "CreatedSession",
