@@ -6,7 +6,20 @@ import sys
 import typer
 
 from collab_service import __version__
-from collab_service.cli import append, doctor, export, gateway, import_, migrate, replay, serve, session, tail, verify
+from collab_service.cli import (
+    append,
+    bench,
+    doctor,
+    export,
+    gateway,
+    import_,
+    migrate,
+    replay,
+    serve,
+    session,
+    tail,
+    verify,
+)
 from collab_service.cli.failure import CommandError, told_in_a_sentence
 
 app = typer.Typer(
@@ -21,6 +34,7 @@ app.command(rich_help_panel=_SERVICE)(serve.serve)
 app.command(rich_help_panel=_SERVICE)(gateway.gateway)
 app.command(rich_help_panel=_SERVICE)(migrate.migrate)
 app.command(rich_help_panel=_SERVICE)(doctor.doctor)
+app.command(rich_help_panel=_SERVICE)(bench.bench)
 app.add_typer(session.app, name="session", rich_help_panel=_EVENTS)
 app.command(rich_help_panel=_EVENTS)(append.append)
 app.command("list", rich_help_panel=_EVENTS)(tail.list_events)
