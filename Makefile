@@ -5,10 +5,10 @@ OUT ?= .
 PROTOS := $(wildcard protos/collab_service/v1/*.proto)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-long check format bench generate lock
+.PHONY: help install run test test-long check format bench bench-large generate lock
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/installed ## Make .venv with everything (does nothing when nothing changed)
 
@@ -36,6 +36,9 @@ format: install ## Format the code and fix what can be fixed
 
 bench: install ## Measure on this machine, as ratios to references beside it; fails below a floor
 	$(BIN)/python -m tests.bench
+
+bench-large: install ## Measure how the service grows, up to 10,000,000 events (some minutes, 10 GB of disk for a while)
+	$(BIN)/python -m tests.bench --large growth
 
 generate: install ## Generate collab_service/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $(PROTOS)

@@ -27,7 +27,7 @@ _WARM_UP = 200
 """Events that are not counted."""
 _CONNECTIONS = 4
 _PATIENCE = 60.0
-_ECHO = ("bench.Echo", "Echo")
+_ECHO = "/collab_service.v1.CollabService/AppendEvent"
 
 
 class Delays(NamedTuple):
@@ -59,14 +59,9 @@ def delivery(writer: str, follower: str, session: int, *, followers: int, rate: 
     return Delays(*json.loads(out))
 
 
-def echo(rate: int, seconds: int) -> Delays:
-    """Return the round trip of a unary call to a grpc.aio server in another process that answers what it gets."""
-    with subprocess.Popen([sys.executable, "-m", "tests.bench.live"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            return uvloop.run(_echo_delays(process.stdout.readline().strip(), rate, _WARM_UP + seconds * rate))
-        finally:
-            process.terminate()
+def echo(address: str, rate: int, seconds: int) -> Delays:
+    """Return the round trip of a unary call to a server that answers what it gets."""
+    return uvloop.run(_echo_delays(address, rate, _WARM_UP + seconds * rate))
 
 
 def idle_followers(address: str, session: int, pid: int, *, followers: int, connections: int) -> float:
@@ -130,7 +125,7 @@ async def _append(address: str, session: int, rate: int, count: int) -> None:
 async def _echo_delays(address: str, rate: int, count: int) -> Delays:
     delays: list[float] = []
     async with grpc.aio.insecure_channel(address) as channel:
-        send: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/" + "/".join(_ECHO))
+        send: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_ECHO)
 
         async def call() -> None:
             started = time.monotonic_ns()
@@ -139,19 +134,6 @@ async def _echo_delays(address: str, rate: int, count: int) -> Delays:
 
         await at_rate(call, rate, count)
     return _percentiles(delays[_WARM_UP:])
-
-
-async def _serve_echo() -> None:
-    async def answer(request: bytes, _: object) -> bytes:
-        return request
-
-    server = grpc.aio.server()
-    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {_ECHO[1]: grpc.unary_unary_rpc_method_handler(answer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_ECHO[0], handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    print(f"127.0.0.1:{port}", flush=True)
-    await server.wait_for_termination()
 
 
 async def _follow(address: str, session: int, followers: int, count: int) -> None:
@@ -221,7 +203,4 @@ def _percentiles(delays: Sequence[float]) -> Delays:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        uvloop.run(_serve_echo())
-    else:
-        uvloop.run(_follow(sys.argv[1], *map(int, sys.argv[2:])))
+    uvloop.run(_follow(sys.argv[1], *map(int, sys.argv[2:])))
