@@ -129,7 +129,11 @@ class Workers:
                 self._served.add(number)
                 if len(self._served) == self._config.workers:
                     log_serving(self._config.grpc_address, self._config.http_address, workers=self._config.workers)
-            return await process.wait()
+            status = await process.wait()
+            process.stdin.close()
+            with suppress(ConnectionError):  # it may have ended before it took its order
+                await process.stdin.wait_closed()
+            return status
         finally:
             self._metrics_files.forget_states_of(number)
             del self._processes[number]

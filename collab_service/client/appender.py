@@ -107,10 +107,6 @@ class _Item:
         self.sent = False
         """Whether it may be stored, for all that is known."""
 
-    def convert(self) -> None:
-        """Make the messages; raises `InvalidRequest` as `event_to_message` does."""
-        self.messages = events_to_messages(self.events) if self.in_batch else [event_to_message(self.events[0])]
-
     def fail(self, error: Exception) -> None:
         """Answer with an error of its own, unless the caller has an answer or has left."""
         if not self.answer.done():
@@ -212,11 +208,13 @@ class Appender:
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for what is under way, unless an exception leaves the context; then end."""
         assert self._task is not None
-        if kind is None:
-            await self._idle.wait()
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        try:
+            if kind is None:
+                await self._idle.wait()
+        finally:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
 
     async def append(
         self,
@@ -274,11 +272,13 @@ class Appender:
             raise RuntimeError("the appender is not open; use it with: async with client.appender() as appender")
         if session_id not in self._lines or expected is not None:  # otherwise it is known to be right
             message_of(pb.AppendEventsRequest, session_id=session_id, expected_last_server_seq=expected)
+        messages = _messages_of(events, in_batch=in_batch)
         give_up_at = self._loop.time() + (self._timeout if timeout is None else timeout)
         item = _Item(events, expected, give_up_at, self._loop.create_future(), in_batch=in_batch)
         if self._outside or not self._has_room(item):
             self._outside.append((session_id, item))
         else:
+            item.messages = messages
             self._put(session_id, item)
         return item.answer
 
@@ -286,11 +286,6 @@ class Appender:
         return not self._waiting_bytes or self._waiting_bytes + item.size <= _WAITING_BYTES
 
     def _put(self, session_id: int, item: _Item) -> None:
-        try:
-            item.convert()
-        except ServiceError as error:
-            item.fail(error)
-            return
         line = self._lines.get(session_id)
         if line is None:
             line = self._lines[session_id] = _Line(session_id)
@@ -308,6 +303,7 @@ class Appender:
             if not item.answer.done():
                 if not self._has_room(item):
                     return
+                item.messages = _messages_of(item.events, in_batch=item.in_batch)
                 self._put(session_id, item)
             self._outside.popleft()
 
@@ -554,6 +550,11 @@ class Appender:
         self._to_send.clear()
         self._outside.clear()
         self._idle.set()
+
+
+def _messages_of(events: Sequence[NewEvent], *, in_batch: bool) -> Sequence[pb.NewEvent]:
+    """Return events as they are sent; raises `InvalidRequest` as `event_to_message` does."""
+    return events_to_messages(events) if in_batch else [event_to_message(events[0])]
 
 
 def _may_pass(error: ServiceError) -> bool:

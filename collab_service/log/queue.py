@@ -18,7 +18,8 @@ class Succession(Struct, eq=False):
     Once one of them could not be carried out through no fault of its own, none of those behind it may be.
     """
 
-    broken: bool = False
+    fault: Exception | None = None
+    """Why one was not carried out."""
 
 
 class Pending(Struct, eq=False):
@@ -41,7 +42,7 @@ class Pending(Struct, eq=False):
     @property
     def is_wanted(self) -> bool:
         """Whether it is still to be carried out."""
-        return not (self.answer.done() or (self.succession is not None and self.succession.broken))
+        return not (self.answer.done() or (self.succession is not None and self.succession.fault))
 
     def fail(self, error: Exception) -> Exception | None:
         """Answer that it was not carried out, and return with what; None when it has an answer, or nobody waits.
@@ -54,7 +55,7 @@ class Pending(Struct, eq=False):
             error = CommitOutcomeUnknown()
         self.answer.set_exception(error)
         if self.succession is not None:
-            self.succession.broken = True
+            self.succession.fault = error
         return error
 
 
@@ -240,7 +241,7 @@ class AppendQueue:
                 else:
                     del self._ready[session_id]
                     line.room.wake_all()
-                _take(pending, taken)
+                add_if_wanted(pending, taken)
             lines = [(session_id, line) for session_id, line in lines if line.pending]
         return taken
 
@@ -256,7 +257,7 @@ class AppendQueue:
                 break
             line.pending.popleft()
             self._leave(line, pending)
-            _take(pending, taken)
+            add_if_wanted(pending, taken)
         return taken
 
     def take_all(self) -> list[Pending]:
@@ -321,8 +322,9 @@ class AppendQueue:
         arrivals.add(line.events)
 
 
-def _take(pending: Pending, taken: list[Pending]) -> None:
+def add_if_wanted(pending: Pending, to: list[Pending]) -> None:
+    """Add a request to others, unless nobody waits for it; one behind a fault in its succession is told that fault."""
     if pending.is_wanted:
-        taken.append(pending)
-    elif not pending.answer.done():
-        pending.answer.cancel()
+        to.append(pending)
+    elif pending.succession is not None and pending.succession.fault is not None:
+        pending.fail(pending.succession.fault)

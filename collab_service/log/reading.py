@@ -159,20 +159,19 @@ class Reader:
             SessionNotFound: There is no such session (any more).
         """
         asked = time.perf_counter()
-        bounds = reading.PageBounds(
-            session_id,
-            after=since,
-            through=min(since + _SCAN, head),
-            types=types,
-            count=min(count, PAGE_EVENTS),
-            max_bytes=PAGE_BYTES if self._on_its_way < _MUCH_ON_ITS_WAY else _SMALL_PAGE_BYTES,
-        )
+        through = min(since + _SCAN, head)
+
+        def bounds() -> reading.PageBounds:
+            # When it is its turn: by then, much may be on its way.
+            max_bytes = PAGE_BYTES if self._on_its_way < _MUCH_ON_ITS_WAY else _SMALL_PAGE_BYTES
+            return reading.PageBounds(session_id, since, through, types, min(count, PAGE_EVENTS), max_bytes)
+
         if encoded:
-            found = await self._read(lambda connection: reading.read_encoded_page(connection, bounds))
+            found = await self._read(lambda connection: reading.read_encoded_page(connection, bounds()))
             chunk = None if found is None else Chunk.of_bytes(found)
             last = 0 if found is None else found.last_server_seq
         else:
-            events = await self._read(lambda connection: reading.read_page(connection, bounds))
+            events = await self._read(lambda connection: reading.read_page(connection, bounds()))
             # Nobody else has a page from the table, so a rough size will do: characters of the payloads.
             chunk = Chunk(events, sum(len(event.content.payload) for event in events)) if events else None
             last = events[-1].server_seq if events else 0
@@ -180,7 +179,7 @@ class Reader:
         if chunk is not None:
             return Page((chunk,), last, head)  # more may follow below `through`: the page may have been full
         await self.head(session_id)
-        return Page((), bounds.through, head)
+        return Page((), through, head)
 
     async def to_head(
         self, session_id: int, *, since: int, limit: int, types: Collection[str], encoded: bool = False

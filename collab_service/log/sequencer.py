@@ -43,7 +43,7 @@ from collab_service.log.connections import AppendConnections
 from collab_service.log.decide import Appended, AppendRequest, Decision, SessionState, replay_start
 from collab_service.log.doubt import Decisions, InDoubt, give_ids, refuse_warnings, took_place
 from collab_service.log.known import KnownHeads
-from collab_service.log.queue import AppendQueue, Arrivals, Pending, Succession
+from collab_service.log.queue import AppendQueue, Arrivals, Pending, Succession, add_if_wanted
 from collab_service.metrics import AppendMetrics
 from collab_service.model import Event, QueueLimits
 from collab_service.model.chain import content_digest
@@ -237,7 +237,9 @@ class Sequencer:
 
         False when the lock was not to be had in `wait_seconds`: those who can wait longer are back in the queue.
         """
-        batch = [pending for pending in batch if pending.is_wanted]
+        taken, batch = batch, []
+        for pending in taken:
+            add_if_wanted(pending, batch)
         mine = list(batch)
         self._writing.update(mine)
         try:

@@ -69,6 +69,7 @@ class AppendStream:
                 server stops. What was not answered may or may not be stored.
         """
         self._reader = asyncio.create_task(self._read(requests), name="append-stream")
+        self._reader.add_done_callback(lambda reader: reader.cancelled() or reader.exception())  # or it is told below
         try:
             while (entry := await self._next()) is not None:
                 outcome = entry.outcome

@@ -5,6 +5,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,6 +148,10 @@ async def test_one_bad_event_is_its_callers_alone(client: CollabClient, appender
         assert [violation.field for violation in error.violations] == [field]
         assert error.side_effects == "none"
     assert sorted(e.client_seq or 0 for e in await stored(client, session_id)) == sorted(set(range(64)) - set(bad))
+    wrong: dict[str, Any] = {"payload": None, "actor_id": 7, "idempotency_key": ["k"], "client_seq": 2**63}
+    for field, value in wrong.items():
+        with pytest.raises(InvalidRequest, match=field):
+            await appender.append(session_id, NewEvent(**{field: value}))
     with pytest.raises(InvalidRequest, match="session_id"):
         await appender.append("1", NewEvent())  # type: ignore[arg-type]
     with pytest.raises(SessionNotFound):

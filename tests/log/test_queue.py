@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from collab_service.log.decide import AppendRequest
-from collab_service.log.queue import AppendQueue, Pending
+from collab_service.log.queue import AppendQueue, Pending, Succession
 from collab_service.model import NewEvent, QueueLimits
-from collab_service.model.errors import Overloaded
+from collab_service.model.errors import DatabaseUnreachable, Overloaded
 
 
 def pending(session_id: int, size: int = 1, events: int = 1) -> Pending:
@@ -121,3 +121,59 @@ async def test_waiting_for_a_number_of_requests() -> None:
     queue.put(pending(2))
     async with asyncio.timeout(5):
         await waiting
+
+
+async def test_waiting_for_room() -> None:
+    """Who waits for room gets it in turn; one that leaves passes its turn on, and nobody is left behind."""
+    queue = AppendQueue(QueueLimits(requests=2))
+    for _ in range(2):
+        queue.put(pending(1))
+    waiting = [asyncio.create_task(queue.put_when_there_is_room(pending(2 + n))) for n in range(5)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    assert sessions(queue.take(events=1, size=100, sessions=100)) == [1]
+    waiting[0].cancel()  # just when it was its turn
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert [task.done() for task in waiting] == [True, True, False, False, False]
+    assert sessions(queue.take(events=9, size=100, sessions=100)) == [1, 3]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*waiting[1:4])
+        assert sessions(queue.take(events=9, size=100, sessions=100)) == [4, 5]
+        await waiting[4]
+    assert sessions(queue.take(events=9, size=100, sessions=100)) == [6]
+
+
+async def test_waiting_for_room_in_a_session() -> None:
+    """Those who wait for one session's line are let in when it is taken, dropped or held, and hold up no other."""
+    queue = AppendQueue(QueueLimits(session_requests=1))
+    queue.put(pending(1))
+    waiting = [asyncio.create_task(queue.put_when_there_is_room(pending(1))) for _ in range(3)]
+    await asyncio.sleep(0)
+    await queue.put_when_there_is_room(pending(2))
+    for _ in range(2):
+        assert 1 in sessions(queue.take(events=9, size=100, sessions=100))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    queue.hold(1)
+    async with asyncio.timeout(5):
+        while not all(task.done() for task in waiting):
+            queue.take_held(1, events=9, size=100)
+            await asyncio.sleep(0)
+    queue.release(1)
+    assert len(queue.take(events=9, size=100, sessions=100)) <= 1
+
+
+async def test_behind_a_fault() -> None:
+    """Once a request of a succession was not carried out, those behind it are told so and are not taken."""
+    queue = AppendQueue(QueueLimits())
+    succession = Succession()
+    first, second, other = pending(1), pending(2), pending(3)
+    first.succession = second.succession = succession
+    for p in (first, second, other):
+        queue.put(p)
+    assert queue.take(events=1, size=100, sessions=100) == [first]
+    first.fail(DatabaseUnreachable())
+    assert queue.take(events=9, size=100, sessions=100) == [other]
+    assert isinstance(first.answer.exception(), DatabaseUnreachable)
+    assert isinstance(second.answer.exception(), DatabaseUnreachable)
