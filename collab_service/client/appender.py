@@ -508,13 +508,19 @@ class Appender:
 
     def _after(self, error: ServiceError) -> float:
         """Decide what to do after a stream has ended; return the seconds to wait before the next one."""
-        if error.side_effects == "none" and not error.reason:  # the service was not reached
+        if isinstance(error, Unavailable) and error.side_effects == "none" and not error.reason:
+            # The service was not reached.
             for batch in self._newly_sent:
                 batch.mark(sent=False)
         sent = len(self._unanswered) - len(self._unsent)
         if not _may_pass(error) and self._unanswered:
-            if sent <= 1:
-                self._give_up(self._unanswered[0], error)
+            first = self._unanswered[0]
+            if sent <= 1 and isinstance(error, TooLarge):
+                self._let_go_of(first)
+                self._refused(first, error)
+                self._go_on_with(first.line)
+            elif sent <= 1:
+                self._give_up(first, error)
             self._careful = True
         for batch in list(self._unanswered):
             if all(item.answer.done() for item in batch.items):

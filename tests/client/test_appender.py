@@ -334,10 +334,11 @@ async def test_a_smaller_limit_of_the_service(database_url: str, directory: Path
                 *(appender.append(session_id, large if n == 5 else numbered(n)) for n in range(30)),
                 return_exceptions=True,
             )
-            assert isinstance(answers[5], ServiceError)
-            numbers = {e.client_seq for e in await stored(client, session_id)}
-            told = {n for n, answer in enumerate(answers) if isinstance(answer, Acknowledged)}
-            assert numbers >= told
+            assert isinstance(answers[5], TooLarge)
+            assert answers[5].side_effects == "none"
+            assert sum(isinstance(answer, Acknowledged) for answer in answers) == 29
+            numbers = sorted(event.client_seq or 0 for event in await stored(client, session_id))
+            assert numbers == [n for n in range(30) if n != 5]
 
 
 async def test_memory_is_bounded(client: CollabClient, proxy: TcpProxy) -> None:
