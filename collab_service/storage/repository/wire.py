@@ -1,7 +1,7 @@
 """Events as protobuf messages, made by PostgreSQL.
 
 A list of events has nothing to decide about them, and turning a row into Python objects and those into a message takes
-5 µs, where this takes 2 in another process. So the statement that reads a page can return the bytes of its messages, as
+5 µs, where this takes 3 in another process. So the statement that reads a page can return the bytes of its messages, as
 `Event` in the protos and https://protobuf.dev/programming-guides/encoding/ describe them.
 
 SQL is not good at numbers of varying length. But a varint may have more bytes than it needs, and one of a constant
