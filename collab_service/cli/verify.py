@@ -1,6 +1,7 @@
 """`collab verify`: the chain of a session, or of a file, computed anew."""
 
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from collab_service.cli.connection import Target, connected, find_session, is_nu
 from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
-from collab_service.client import DEFAULT_TARGET, BrokenLog, CollabClient, LogCheck, Session
+from collab_service.client import DEFAULT_TARGET, BrokenLog, CollabClient, Event, LogCheck, Session
 
 
 def verify(
@@ -79,7 +80,7 @@ async def _find(client: CollabClient, what: str) -> Session:
 
 
 async def verify_session(client: CollabClient, session: Session, output: Output) -> LogCheck:
-    """Read a session up to its head as it is known, and check it.
+    """Read a session up to its head as it is known, and check it, both as the columns have it and as lists show it.
 
     Raises:
         BrokenLog: It is not right.
@@ -89,10 +90,12 @@ async def verify_session(client: CollabClient, session: Session, output: Output)
     with progress(output) as bar:
         task = bar.add_task("verify", total=head)
         if head:  # a limit of 0 would read what comes meanwhile
-            async with aclosing(client.read_pages(session.id, limit=head)) as pages:
+            async with aclosing(client.read_pages(session.id, limit=head, of_columns=True)) as pages:
                 async for page in pages:
                     for event in page.events:
                         check.add(event)
+                    if page.events:
+                        await _compare(client, page.events)
                     bar.update(task, completed=check.last_server_seq)
     if (check.last_server_seq, check.chain_hash) != (head, session.chain_hash):
         raise BrokenLog(
@@ -101,6 +104,18 @@ async def verify_session(client: CollabClient, session: Session, output: Output)
             f"{check.chain_hash.hex()}"
         )
     return check
+
+
+async def _compare(client: CollabClient, events: Sequence[Event]) -> None:
+    """Read events, made of the columns, in a list as well, and compare."""
+    first, session_id = events[0].server_seq, events[0].session_id
+    async with aclosing(client.read(session_id, since=first - 1, limit=len(events))) as listed:
+        for number, event in enumerate(events):
+            if await anext(listed, None) != event:
+                raise BrokenLog(
+                    f"the log of session {session_id} is not right: the columns of the table, and the envelope beside "
+                    f"them of which lists are made, say different things of event {first + number}"
+                )
 
 
 def _verify_file(path: Path, output: Output) -> LogCheck:

@@ -406,10 +406,15 @@ class CollabClient:
         limit: int = 0,
         types: Sequence[str] = (),
         timeout: float | None = None,
+        of_columns: bool = False,
     ) -> AsyncGenerator[EventPage, None]:
-        """Yield what `read` does, page by page: at least one page, at most 500 events in each."""
+        """Yield what `read` does, page by page: at least one page, at most 500 events in each.
+
+        With `of_columns`, the service makes the events of the columns of its table, and not of the messages that it
+        keeps beside them for lists. Both say the same, and `collab verify` holds one against the other.
+        """
         timeout = self._timeout(timeout)
-        cursor = Cursor(session_id, since, limit, types, follow=False)
+        cursor = Cursor(session_id, since, limit, types, follow=False, of_columns=of_columns)
         return pages(self.stub, cursor, self._retry, timeout=timeout, patience=timeout)
 
     async def follow(

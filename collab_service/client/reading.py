@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # there is no such class when the program runs
 
 _log = logging.getLogger(__name__)
 
+OF_COLUMNS = ("collab-events-of", "columns")
+"""Metadata that asks for events as the columns have them."""
 _SILENCE = 30.0
 """Seconds without a message after which a stream is taken to be dead. The service sends one every ten."""
 
@@ -54,6 +56,8 @@ class Cursor:
     """Events until the end; 0 means that there is no such end."""
     types: Sequence[str]
     follow: bool
+    of_columns: bool = False
+    """Whether the service shall read the columns of its tables only; see `CollabClient.read_pages`."""
     end: int | None = None
     """The number at which a read that does not follow ends: the head when it began."""
 
@@ -113,7 +117,8 @@ async def pages(
     while True:
         request = cursor.request()
         with rpc_errors(writes=False):
-            call = stub.ListEvents(request, metadata=call_metadata())
+            metadata = (*call_metadata(), OF_COLUMNS) if cursor.of_columns else call_metadata()
+            call = stub.ListEvents(request, metadata=metadata)
         try:
             while True:
                 message = await _next_message(call, give_up_at)

@@ -50,7 +50,7 @@ class Chunk:
     @classmethod
     def of_bytes(cls, encoded: reading.EncodedEvents) -> "Chunk":
         """Return a chunk of which there are only the bytes."""
-        chunk = cls((), encoded.size)
+        chunk = cls((), len(encoded.data))
         chunk.count = encoded.count
         chunk.encoded = encoded.data
         return chunk

@@ -18,6 +18,8 @@ from collab_service.v1 import collab_service_pb2 as pb
 
 _STALLED = 60.0
 """Seconds after which a reader that takes no message is ended."""
+_OF_COLUMNS = ("collab-events-of", "columns")
+"""Metadata that asks for events as the columns have them, for `collab verify`."""
 _LAST_MESSAGE = 1.0
 """Seconds that a follower gets to take its last message when the server stops."""
 
@@ -142,7 +144,13 @@ class Servicer:
             check.at_least(0, "limit", request.limit)
             types = check.types(request.types)
         read = self._service.follow if request.follow else self._service.read
-        pages = read(request.session_id, since=request.since_server_seq, limit=request.limit, types=types, encoded=True)
+        pages = read(
+            request.session_id,
+            since=request.since_server_seq,
+            limit=request.limit,
+            types=types,
+            encoded=_OF_COLUMNS not in (context.invocation_metadata() or ()),
+        )
         async with aclosing(pages):
             async for page in pages:
                 message = page_bytes(page)

@@ -77,6 +77,9 @@ events = Table(
     Column("idempotency_key", Text),
     Column("created_at", Microseconds, nullable=False),
     Column("chain_hash", LargeBinary, nullable=False),
+    # The message up to its payload, made by the insert. None where an older version of the service has inserted, or
+    # somebody has changed the row (a trigger sees to that).
+    Column("envelope", LargeBinary),
     PrimaryKeyConstraint("session_id", "server_seq", name="collab_events_pkey"),
     CheckConstraint("(payload_json IS NULL) <> (payload_binary IS NULL)", name="collab_events_payload_check"),
 )

@@ -385,6 +385,51 @@ def test_a_broken_log_is_told(here: Here, stub: CollabServiceStub, server_databa
     assert not (tmp_path / "x.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("actor_id = 'eve'", "the chain breaks at event 2"),
+        ("hash = NULL", "the chain breaks at event 2"),
+        ("payload_json = '{\"longer\": true}'", "the chain breaks at event 2"),
+        (
+            "envelope = overlay(envelope PLACING 'bob'::bytea FROM position('ada'::bytea IN envelope))",
+            "different things of event 2",
+        ),
+        (
+            "envelope = (SELECT envelope FROM collab_events e WHERE e.session_id = %(session)s AND e.server_seq = 1)",
+            "different things of event 2",
+        ),
+    ],
+)
+def test_two_truths_are_told(
+    here: Here, stub: CollabServiceStub, server_database_url: str, change: str, words: str
+) -> None:
+    """Where a column was changed, or what lists are made of, `verify` says so, with status 6."""
+    session_id = new_session(stub)
+    for n in range(3):
+        append(stub, session_id, json=f'{{"n":{n}}}', actor_id="ada", hash="h")
+    assert here.json("verify", session_id)
+    with psycopg.connect(server_database_url) as connection:
+        statement = f"UPDATE collab_events SET {change} WHERE session_id = %(session)s AND server_seq = 2"
+        assert connection.execute(statement.encode(), {"session": session_id}).rowcount == 1
+    assert words in here.refused("verify", session_id, status=6)
+
+
+def test_an_event_that_was_changed_by_hand(here: Here, stub: CollabServiceStub, server_database_url: str) -> None:
+    """Lists show what the columns say, also after somebody has changed them: there is one truth."""
+    session_id = new_session(stub)
+    for n in range(3):
+        append(stub, session_id, json=f'{{"n":{n}}}', actor_id="ada")
+    with psycopg.connect(server_database_url) as connection:
+        change = (
+            "UPDATE collab_events SET payload_json = '{\"erased\": true}', id = id + 1000000000 WHERE session_id = %s"
+        )
+        assert connection.execute(change, (session_id,)).rowcount == 3
+    assert [(event.json, event.id > 1_000_000_000) for event in events(stub, session_id)] == [
+        ('{"erased": true}', True)
+    ] * 3
+
+
 def whole_export(here: Here, session_id: int, file: Path) -> list[bytes]:
     """Export a session and return the lines of the file."""
     assert here.run("export", session_id, file).status == 0

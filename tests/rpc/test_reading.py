@@ -3,6 +3,7 @@
 import threading
 
 import grpc
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -171,8 +172,9 @@ _EVENTS = st.builds(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=st.lists(_EVENTS, min_size=1, max_size=8))
-def test_what_the_database_encodes(stub: CollabServiceStub, sent: list[pb.NewEvent]) -> None:
-    """A list, whose messages PostgreSQL makes, has the very events that appending them has answered."""
+def test_what_the_database_encodes(stub: CollabServiceStub, server_database_url: str, sent: list[pb.NewEvent]) -> None:
+    """A list, whose messages PostgreSQL makes, has the very events that appending them has answered: of what was made
+    with the insert, of what is made when it is read, and of the columns, to which that has to be equal."""
     session_id = new_session(stub)
     answered = [
         stub.AppendEvent(pb.AppendEventRequest(session_id=session_id, event=event), timeout=TIMEOUT).event
@@ -181,6 +183,54 @@ def test_what_the_database_encodes(stub: CollabServiceStub, sent: list[pb.NewEve
     assert events(stub, session_id) == answered
     followed = stub.ListEvents(pb.ListEventsRequest(session_id=session_id, follow=True, limit=len(sent)))
     assert [event for message in followed for event in message.events] == answered
+    assert events_of_columns(stub, session_id) == answered
+    messages = [message.SerializeToString() for message in read(stub, session_id)]
+    for part in ("server_seq % 2 = 1", "true"):
+        change(
+            server_database_url, f"UPDATE collab_events SET envelope = NULL WHERE session_id = {session_id} AND {part}"
+        )
+        assert [message.SerializeToString() for message in read(stub, session_id)] == messages
+
+
+def events_of_columns(stub: CollabServiceStub, session_id: int) -> list[pb.Event]:
+    """Return events as the columns have them."""
+    request = pb.ListEventsRequest(session_id=session_id)
+    messages = stub.ListEvents(request, timeout=TIMEOUT, metadata=(("collab-events-of", "columns"),))
+    return [event for message in messages for event in message.events]
+
+
+def change(url: str, statement: str) -> None:
+    """Change the database behind the service's back."""
+    with psycopg.connect(url) as connection:
+        assert connection.execute(statement.encode()).rowcount >= 0
+
+
+@pytest.mark.parametrize("event_id", [2**28 - 1, 2**28, 2**56 - 1, 2**56, 2**63 - 1])
+def test_ids_of_all_sizes(stub: CollabServiceStub, server_database_url: str, event_id: int) -> None:
+    """Every id that PostgreSQL can give has its place in the messages that it makes."""
+    session_id = new_session(stub)
+    append(stub, session_id)
+    change(
+        server_database_url,
+        f"UPDATE collab_events SET id = {event_id}, envelope = NULL WHERE session_id = {session_id}",
+    )
+    [event] = events(stub, session_id)
+    assert event.id == event_id
+    assert events_of_columns(stub, session_id) == [event]
+
+
+def test_the_insert_makes_the_envelope(stub: CollabServiceStub, server_database_url: str) -> None:
+    """Whichever way an event is written, reading has nothing to make: alone, in a batch, with a condition or a key."""
+    session_id = new_session(stub)
+    append(stub, session_id)
+    append(stub, session_id, idempotency_key="a")
+    stub.AppendEvents(
+        pb.AppendEventsRequest(session_id=session_id, events=[pb.NewEvent()] * 3, expected_last_server_seq=2),
+        timeout=TIMEOUT,
+    )
+    with psycopg.connect(server_database_url) as connection:
+        statement = "SELECT count(*), count(envelope) FROM collab_events WHERE session_id = %s"
+        assert connection.execute(statement, [session_id]).fetchone() == (5, 5)
 
 
 def test_a_page_that_is_cut_short_in_the_middle_of_reading_ahead(stub: CollabServiceStub) -> None:

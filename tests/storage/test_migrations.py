@@ -26,7 +26,7 @@ from tests.log.logs import append, new_session, read_checked, unseen
 from tests.processes import COLLAB, clean_environment, collab
 from tests.waiting import until
 
-HEAD = "0001"
+HEAD = "0002"
 
 # What PostgreSQL itself says of our tables: columns, indexes with their conditions, constraints, identities.
 _DESCRIBE = """
@@ -211,17 +211,17 @@ def test_an_older_schema_is_told(empty_database: str, tmp_path: Path, monkeypatc
     location = Path(schema._script().dir)
     copy = tmp_path / "migrations"
     (copy / "versions").mkdir(parents=True)
-    for file in ("env.py", "versions/0001_sessions_and_events.py"):
-        (copy / file).write_text((location / file).read_text())
-    (copy / "versions" / "0002_later.py").write_text(
-        "from alembic import op\nrevision = '0002'\ndown_revision = '0001'\n"
+    for file in (location / "env.py", *(location / "versions").glob("*.py")):
+        (copy / file.relative_to(location)).write_text(file.read_text())
+    (copy / "versions" / "later.py").write_text(
+        f"from alembic import op\nrevision = 'later'\ndown_revision = '{HEAD}'\n"
         "def upgrade() -> None:\n    op.execute('CREATE TABLE collab_later (id int)')\n"
     )
     (tmp_path / "__init__.py").touch()
     # Where the migrations are is found beside the package, or inside it as in a wheel.
     monkeypatch.setattr(collab_service, "__file__", str(tmp_path / "__init__.py"))
     assert schema_state(empty_database) is SchemaState.OLDER
-    assert schema.migrate(empty_database) == (HEAD, "0002")
+    assert schema.migrate(empty_database) == (HEAD, "later")
     assert schema_state(empty_database) is SchemaState.CURRENT
     monkeypatch.undo()
     assert schema_state(empty_database) is SchemaState.NEWER

@@ -25,6 +25,7 @@ from collab_service.storage.binary import (
 )
 from collab_service.storage.pipeline import Command, PipelineConnection, Statement
 from collab_service.storage.repository.rows import CONTENT_COLUMNS, EVENT_COLUMNS, event_from_row
+from collab_service.storage.repository.wire import with_envelopes
 
 BEGIN = Command(Statement(b"begin", b"BEGIN"))
 COMMIT = Command(Statement(b"commit", b"COMMIT"))
@@ -93,11 +94,12 @@ _COLUMN_TYPES = tuple(oid for _, oid in _COLUMNS)
 _COLUMN_PARAMETERS = ", ".join(f"${n}" for n in range(1, 1 + len(_COLUMNS)))
 _MORE = tuple(f"${n}" for n in range(1 + len(_COLUMNS), 3 + len(_COLUMNS)))
 
+_INSERT_INTO = f"INSERT INTO collab_events ({', '.join(EVENT_COLUMNS)}, envelope)"
+
+_NEW = f"SELECT * FROM unnest({_COLUMN_PARAMETERS}, {_MORE[0]}) AS new ({_COLUMN_NAMES}, id)"
 _INSERT = Statement(
     b"insert",
-    f"""
-    INSERT INTO collab_events ({_COLUMN_NAMES}, id) SELECT * FROM unnest({_COLUMN_PARAMETERS}, {_MORE[0]})
-    """.encode(),
+    f"{_INSERT_INTO} {with_envelopes(_NEW)}".encode(),
     (*_COLUMN_TYPES, INT8_ARRAY),
 )
 
@@ -105,6 +107,10 @@ _INSERT = Statement(
 # when a session is gone, held by somebody else, or has another head. Its snapshot is older than its locks, so a head
 # may have moved in between; but then the numbers are taken, and the primary key refuses them. The ids are taken from
 # the sequence while the locks are held, here as well.
+_NEW_IF_LOCKED = f"""
+    SELECT *, nextval('collab_events_id_seq') AS id FROM unnest({_COLUMN_PARAMETERS}) AS new ({_COLUMN_NAMES})
+    WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
+"""
 _INSERT_BEHIND_HEADS = Statement(
     b"insert_behind_heads",
     f"""
@@ -118,8 +124,7 @@ _INSERT_BEHIND_HEADS = Statement(
         )
         FOR UPDATE OF s SKIP LOCKED
     ), inserted AS (
-        INSERT INTO collab_events ({_COLUMN_NAMES}) SELECT * FROM unnest({_COLUMN_PARAMETERS})
-        WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
+        {_INSERT_INTO} {with_envelopes(_NEW_IF_LOCKED)}
         RETURNING session_id, server_seq, id
     )
     SELECT array_agg(id ORDER BY session_id, server_seq) FROM inserted

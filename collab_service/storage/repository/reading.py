@@ -9,7 +9,7 @@ from msgspec.structs import asdict
 from collab_service.model import Event
 from collab_service.storage.database import DriverConnection
 from collab_service.storage.repository.rows import EVENT_COLUMNS, event_from_row
-from collab_service.storage.repository.wire import events_sql
+from collab_service.storage.repository.wire import SIZE, list_sql
 
 _HEADS = """
 SELECT s.id,
@@ -17,26 +17,32 @@ SELECT s.id,
 FROM collab_sessions s WHERE s.id = ANY(%s) AND s.deleted_at IS NULL
 """
 
-# A page is bounded by a count and by bytes, before anything is fetched: the running sum looks at the lengths that
-# stand in the rows, without reading large payloads. The first event comes whatever its size. Whether the session still
-# exists is part of the same statement and so of the same snapshot: a page never shows a session half removed.
-_PAGE = """
-SELECT {columns} FROM (
-    SELECT *, sum(size) OVER (ORDER BY server_seq) AS total FROM (
-        SELECT *, coalesce(octet_length(payload_json), octet_length(payload_binary)) AS size
-        FROM collab_events
-        WHERE session_id = %(session_id)s AND server_seq > %(after)s AND server_seq <= %(through)s {types}
-        ORDER BY server_seq LIMIT %(count)s
-    ) AS bounded
-) AS summed
-WHERE (total <= %(max_bytes)s OR total = size)
-  AND EXISTS (SELECT 1 FROM collab_sessions WHERE id = %(session_id)s AND deleted_at IS NULL)
-ORDER BY server_seq
+# A page is bounded by a count and by bytes, before anything is fetched: the lengths stand in the rows, so that no large
+# payload is read for them. Only where they are too much in all are they summed up one by one. The first event comes
+# whatever its size. Whether the session still exists is part of the same statement and so of the same snapshot: a page
+# never shows a session half removed.
+_BOUNDED = """
+    FROM collab_events
+    WHERE session_id = %(session_id)s AND server_seq > %(after)s AND server_seq <= %(through)s {types}
+      AND EXISTS (SELECT 1 FROM collab_sessions WHERE id = %(session_id)s AND deleted_at IS NULL)
+    ORDER BY server_seq
 """
+_PAGE = f"""
+WITH sizes AS MATERIALIZED (SELECT server_seq, {SIZE} AS size {_BOUNDED} LIMIT %(count)s)
+SELECT {{columns}} {_BOUNDED} LIMIT (
+    SELECT CASE WHEN sum(size) <= %(max_bytes)s THEN count(*) ELSE (
+        SELECT greatest(1, count(*) FILTER (WHERE total <= %(max_bytes)s))
+        FROM (SELECT sum(size) OVER (ORDER BY server_seq) AS total FROM sizes) AS summed
+    ) END
+    FROM sizes
+)
+"""
+_TYPES = "AND type = ANY(%(types)s)"
 _PAGE_OF_ALL = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="")
-_PAGE_OF_TYPES = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="AND type = ANY(%(types)s)")
-_ENCODED_PAGE_OF_ALL = events_sql(_PAGE.format(columns="*", types=""))
-_ENCODED_PAGE_OF_TYPES = events_sql(_PAGE.format(columns="*", types="AND type = ANY(%(types)s)"))
+_PAGE_OF_TYPES = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types=_TYPES)
+_WITH_ENVELOPE = ", ".join((*EVENT_COLUMNS, "envelope"))
+_ENCODED_PAGE_OF_ALL = list_sql(_PAGE.format(columns=_WITH_ENVELOPE, types=""))
+_ENCODED_PAGE_OF_TYPES = list_sql(_PAGE.format(columns=_WITH_ENVELOPE, types=_TYPES))
 
 
 class PageBounds(Struct, frozen=True):
@@ -63,8 +69,6 @@ class EncodedEvents(Struct, frozen=True):
     data: bytes
     count: int
     last_server_seq: int
-    size: int
-    """Bytes of payloads."""
 
 
 async def read_heads(connection: DriverConnection, session_ids: Sequence[int]) -> dict[int, int]:

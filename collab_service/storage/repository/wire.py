@@ -1,8 +1,13 @@
 """Events as protobuf messages, made by PostgreSQL.
 
-A list of events has nothing to decide about them, and turning a row into Python objects and those into a message takes
-5 µs, where this takes 3 in another process. So the statement that reads a page can return the bytes of its messages, as
-`Event` in the protos and https://protobuf.dev/programming-guides/encoding/ describe them.
+A list of events has nothing to decide about them. So each row has an envelope: the bytes of its message, as `Event` in
+the protos and https://protobuf.dev/programming-guides/encoding/ describe them, up to the payload, which is the last
+field and is not stored twice. A page of a list is envelopes and payloads, one after the other: PostgreSQL joins them in
+0.7 µs an event, where making them of the columns takes 3, and turning the rows into Python objects and those into
+messages 5.
+
+The statement that inserts an event makes its envelope, of the columns and of nothing else. A row without one (written
+by a version of the service that did not have them) has it made when it is read.
 
 SQL is not good at numbers of varying length. But a varint may have more bytes than it needs, and one of a constant
 length is an integer whose bytes are groups of seven bits, the lowest first, all but the last with the high bit set.
@@ -66,10 +71,10 @@ def _or_nothing(field: str) -> str:
 
 
 # The time is a message of two fields, each a tag and eight bytes.
-_EVENT = " || ".join(
+_MESSAGE_TO_PAYLOAD = " || ".join(
     (
         f"{_tag(1, _VARINT)} || {_number('id')}",
-        f"(SELECT {_tag(2, _VARINT)} || {_number('%(session_id)s')})",  # once for all
+        f"{_tag(2, _VARINT)} || {_number('session_id')}",
         f"{_tag(3, _VARINT)} || {_number('server_seq')}",
         _or_nothing(_text(4, "actor_id")),
         _or_nothing(f"{_tag(5, _VARINT)} || ({_number('client_seq')})"),
@@ -81,27 +86,45 @@ _EVENT = " || ".join(
         f"{_tag(1, _VARINT)} || {_varint('(micros / 1000000)', _LONG, groups=5)}",
         f"{_tag(2, _VARINT)} || {_varint('(mod(micros, 1000000) * 1000)', _LONG, groups=5)}",
         f"{_tag(13, _LENGTH_DELIMITED)} || '\\x20'::bytea || chain_hash",
-        f"coalesce({_text(7, 'payload_json')}, {_bytes(8, 'payload_binary')})",
+        f"CASE WHEN payload_json IS NULL THEN {_tag(8, _LENGTH_DELIMITED)} ELSE {_tag(7, _LENGTH_DELIMITED)} END",
+        _length("size"),
     )
 )
+SIZE = "coalesce(octet_length(payload_json), octet_length(payload_binary))"
+"""SQL for the bytes of a row's payload."""
 
 
-def events_sql(rows: str) -> str:
-    """Return SQL for a row with the events of other rows as `repeated Event events = 1`, with their count, the number
-    of the last one, and the bytes of their payloads.
+def with_envelopes(rows: str) -> str:
+    """Return SQL for rows of `EVENT_COLUMNS` and their envelope, made of them.
 
     Args:
-        rows: SQL for rows with `EVENT_COLUMNS` and `size`, all of the session `%(session_id)s`.
+        rows: SQL for rows with `EVENT_COLUMNS`.
     """
     # OFFSET 0 keeps what is computed in a step from being computed again wherever the next one mentions it.
     # (A time as double precision is exact to the microsecond until the year 2255.)
+    columns = ", ".join(EVENT_COLUMNS)
     return f"""
-    SELECT string_agg({_bytes(1, "event")}, '' ORDER BY server_seq), count(*), max(server_seq), sum(size)::bigint
+    SELECT {columns}, {_tag(1, _LENGTH_DELIMITED)} || {_length("(octet_length(message) + size)")} || message AS envelope
     FROM (
-        SELECT server_seq, size, {_EVENT} AS event
+        SELECT {columns}, size, {_MESSAGE_TO_PAYLOAD} AS message
         FROM (
-            SELECT {", ".join(EVENT_COLUMNS)}, size, round(date_part('epoch', created_at) * 1000000)::bigint AS micros
-            FROM ({rows}) AS read OFFSET 0
-        ) AS timed OFFSET 0
-    ) AS encoded
+            SELECT {columns}, {SIZE} AS size, round(date_part('epoch', created_at) * 1000000)::bigint AS micros
+            FROM ({rows}) AS plain OFFSET 0
+        ) AS measured OFFSET 0
+    ) AS begun
+    """
+
+
+def list_sql(rows: str) -> str:
+    """Return SQL for a row with events as `repeated Event events = 1`, their count, and the number of the last one.
+
+    Args:
+        rows: SQL for rows with `EVENT_COLUMNS` and `envelope`, in their order.
+    """
+    made = with_envelopes(f"SELECT {', '.join('page.' + name for name in EVENT_COLUMNS)}")
+    envelope = f"coalesce(page.envelope, (SELECT made.envelope FROM ({made}) AS made))"
+    payload = "coalesce(convert_to(payload_json, 'UTF8'), payload_binary)"
+    return f"""
+    SELECT string_agg({envelope} || {payload}, '' ORDER BY server_seq), count(*), max(server_seq)
+    FROM ({rows}) AS page
     """
