@@ -6,6 +6,7 @@ but our own errors: the text of an unexpected exception stays in the log.
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -13,12 +14,13 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from collab_service.metrics import RpcMetrics
-from collab_service.model.errors import CollabError, InvalidArgument, ShuttingDown, Violation
+from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
+from collab_service.rpc.admission import Admission, Handlers
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 from collab_service.storage.driver_errors import cause_of
 
@@ -28,6 +30,13 @@ REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a caller's own request id may look like; any other is replaced."""
 
+_REQUEST_BYTES = 32 * 1024 * 1024
+"""Bytes of requests that calls in progress may hold. As it came, decoded and checked, a request takes three times its
+size."""
+
+_OVERLOAD_LOG = 1.0
+"""Seconds between lines of the log that tell of calls refused as too many, each with how many they are."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -36,16 +45,24 @@ class Boundary:
 
     def __init__(self, metrics: RpcMetrics) -> None:
         self._metrics = metrics
+        self._admission = Admission(_REQUEST_BYTES)
         metrics.watch(lambda: self._calls)
         self._calls = 0
         self._draining = False
+        self._unlogged = 0
+        self._log_overload_at = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def handler(
-        self, method: MethodDescriptor, behaviour: Callable[[Any, Context], Awaitable[Any]]
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """Return the handler for one RPC, carried out by `behaviour`."""
+    def generic_handler(self, service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+        """Return what grpc asks for the handlers of a service, whose methods `servicer` has."""
+        for method in service.methods:
+            path = f"/{service.full_name}/{method.name}"
+            self._admission.methods[path] = self._handlers(method, getattr(servicer, method.name))
+        return self._admission
+
+    def _handlers(self, method: MethodDescriptor, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Handlers:
+        """Return the handlers for one RPC, carried out by `behaviour`."""
         decode = GetMessageClass(method.input_type).FromString
         read = partial(_decoded_stream if method.client_streaming else _decoded, decode)
         name = method.name
@@ -53,8 +70,9 @@ class Boundary:
 
         async def fail(context: Context, error: Exception) -> None:
             request_id = _request_id(context)
-            failure = _failure(name, request_id, error)
+            failure = self._failure(name, request_id, error)
             metrics.failed(failure.code.name, failure.reason)
+            _forget_frames(error)
             trailing = ((REQUEST_ID_KEY, request_id), (DETAILS_KEY, failure.details))
             await context.abort(failure.code, failure.message, trailing)
 
@@ -65,6 +83,7 @@ class Boundary:
                 self._calls += 1
                 self._idle.clear()
                 try:
+                    self._admission.received(request)
                     answer = await behaviour(read(request), context)
                     metrics.answered()
                     return answer
@@ -77,6 +96,7 @@ class Boundary:
                     if not self._calls:
                         self._idle.set()
                 # No longer counted: a client that takes no message takes no status either.
+                del request
                 await fail(context, failure)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # The latter is what sending says when the client is gone, just before grpc cancels the call.
@@ -84,17 +104,40 @@ class Boundary:
                 _log.info("call was cancelled", method=name, request_id=_request_id(context))
                 raise asyncio.CancelledError from error
 
+        async def refuse(request: AsyncIterator[bytes], context: Context) -> None:
+            await fail(context, Overloaded("too much is on its way into this server"))
+
+        # To grpc, a request that is refused unread is a stream from which nothing is taken.
+        refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
         encode = GetMessageClass(method.output_type).SerializeToString
         if method.client_streaming:
-            return grpc.stream_stream_rpc_method_handler(call, response_serializer=encode)
+            return Handlers(grpc.stream_stream_rpc_method_handler(call, response_serializer=encode), None)
         if method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(call)  # it writes bytes
-        return grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
+            return Handlers(grpc.unary_stream_rpc_method_handler(call), refusal)  # it writes bytes
+        return Handlers(grpc.unary_unary_rpc_method_handler(call, response_serializer=encode), refusal)
 
     async def drain(self) -> None:
         """Refuse calls from now on, and wait until those in progress have finished."""
         self._draining = True
         await self._idle.wait()
+
+    def _failure(self, method: str, request_id: str, error: Exception) -> Failure:
+        """Log what has gone wrong, and return what to answer."""
+        log = _log.bind(method=method, request_id=request_id)
+        if not isinstance(error, CollabError):
+            failure = internal_failure(request_id)
+            log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
+            return failure
+        failure = failure_of(error)
+        if isinstance(error, Overloaded):
+            self._unlogged += 1
+            now = time.monotonic()
+            if now < self._log_overload_at:
+                return failure
+            log = log.bind(calls=self._unlogged)
+            self._unlogged, self._log_overload_at = 0, now + _OVERLOAD_LOG
+        log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
+        return failure
 
 
 def _decoded(decode: Callable[[bytes], Message], data: bytes) -> Message:
@@ -112,16 +155,14 @@ async def _decoded_stream(
         yield _decoded(decode, data)
 
 
-def _failure(method: str, request_id: str, error: Exception) -> Failure:
-    """Log what has gone wrong, and return what to answer."""
-    log = _log.bind(method=method, request_id=request_id)
-    if isinstance(error, CollabError):
-        failure = failure_of(error)
-        log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
-    else:
-        failure = internal_failure(request_id)
-        log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
-    return failure
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what an error has gone through, and with it of the request.
+
+    What `abort` raises is held by the call that it holds, until the garbage collector finds both.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _request_id(context: Context) -> str:

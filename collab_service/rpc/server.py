@@ -105,6 +105,9 @@ class Server:
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.absolute_max_metadata_size", 32 * 1024),
                 ("grpc.max_concurrent_streams", 4_096),
+                # A window that grows with the rate holds megabytes for each call, also for those that are refused. One
+                # of 64 KiB is no brake on a large message: it is extended for the one that is being received.
+                ("grpc.http2.bdp_probe", 0),
                 # Calls that have arrived and not begun: after a restart every follower comes back at once. grpc itself
                 # would turn some away from a thousand on, without a reason.
                 ("grpc.server.max_pending_requests", _PENDING_CALLS),
@@ -121,11 +124,7 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )
-        handlers = {
-            method.name: self._boundary.handler(method, getattr(self._servicer, method.name))
-            for method in SERVICE.methods
-        }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+        server.add_generic_rpc_handlers((self._boundary.generic_handler(SERVICE, self._servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (
             SERVICE.full_name,

@@ -1,0 +1,99 @@
+"""Much more than can be carried: what can be is, the rest is refused at once, and nothing grows."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from collab_service.v1 import collab_service_pb2 as pb
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
+from tests.memory import resident_kilobytes
+from tests.processes import ServeProcess
+from tests.rpc.calls import TIMEOUT, Failure, append, events, new_session
+from tests.waiting import until
+
+_APPEND = "/collab_service.v1.CollabService/AppendEvent"
+_LARGE = 1024 * 1024
+_CALLERS = 200
+_GROWTH_MB = 350
+"""Without a bound, it is a gigabyte here; the process keeps some of what it has once had."""
+
+
+async def _append(channel: grpc.aio.Channel, request: bytes) -> pb.AppendEventResponse | Failure:
+    call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_APPEND)
+    try:
+        return pb.AppendEventResponse.FromString(await call(request, timeout=TIMEOUT))
+    except grpc.aio.AioRpcError as error:
+        return Failure(error)
+
+
+def _channel(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+
+
+async def test_more_than_there_is_memory_for(server: ServeProcess, stub: CollabServiceStub) -> None:
+    """Large appends all at once are stored or refused with OVERLOADED, of which nothing is stored; the memory stays.
+
+    Meanwhile an append to another session gets through, if need be when it is tried again.
+    """
+    session_id, other = new_session(stub), new_session(stub)
+    append(stub, other)
+    event = pb.NewEvent(binary=bytes(_LARGE))
+    request = pb.AppendEventRequest(session_id=session_id, event=event).SerializeToString()
+    small = pb.AppendEventRequest(session_id=other).SerializeToString() + b"\x12\x00"
+    before = resident_kilobytes(server.process.pid)
+    async with _channel(server.grpc_address) as one, _channel(server.grpc_address) as two:
+        calls = [asyncio.create_task(_append(channel, request)) for channel in (one, two) for _ in range(_CALLERS // 2)]
+
+        async def gets_through() -> bool:
+            outcome = await _append(two, small)
+            assert not isinstance(outcome, Failure) or outcome.reason == "OVERLOADED"
+            return not isinstance(outcome, Failure)
+
+        await until(gets_through, "an append to another session")
+        outcomes = await asyncio.gather(*calls)
+    growth = (resident_kilobytes(server.process.pid) - before) / 1024
+    refused = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    stored = [outcome.event.server_seq for outcome in outcomes if isinstance(outcome, pb.AppendEventResponse)]
+    assert {(failure.reason, failure.metadata["side_effects"]) for failure in refused} == {("OVERLOADED", "none")}
+    assert all(0 < failure.retry_seconds < 1 for failure in refused)
+    assert sorted(stored) == list(range(1, len(stored) + 1))
+    assert len(stored) >= 8  # a transaction's worth
+    assert [event.server_seq for event in events(stub, session_id)] == sorted(stored)
+    assert growth < _GROWTH_MB
+    append(stub, session_id)
+
+
+async def test_requests_that_never_come(server: ServeProcess, stub: CollabServiceStub) -> None:
+    """Any number of calls that have begun and send no request take nobody's place for longer than a moment."""
+    session_id = new_session(stub)
+    never = asyncio.Event()
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await never.wait()
+        yield b""
+
+    async with _channel(server.grpc_address) as channel:
+        call: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(_APPEND)
+        begun = [call(nothing()) for _ in range(600)]
+
+        async def answered() -> bool:
+            return sum(each.done() for each in begun) >= 300
+
+        # No more than so many are waited for. The rest is told.
+        await until(answered, "refusals")
+        codes = {await each.code() for each in begun if each.done()}
+        assert codes <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
+
+        async def gets_through() -> bool:
+            try:
+                append(stub, session_id)
+            except grpc.RpcError as error:
+                assert Failure(error).reason == "OVERLOADED"
+                return False
+            return True
+
+        await until(gets_through, "an append beside them")
+        for each in begun:
+            each.cancel()
+    assert [event.server_seq for event in events(stub, session_id)] == [1]
