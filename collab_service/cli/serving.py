@@ -1,8 +1,8 @@
 """What `collab serve` does: it provides a database, and serves until it is told to stop."""
 
 import asyncio
-import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +21,8 @@ from collab_service.logs import LogFormat, configure_logs
 from collab_service.metrics import Metrics
 from collab_service.model.errors import CollabError, StorageUnavailable
 from collab_service.storage import schema
-from collab_service.storage.driver_errors import cause_of
+from collab_service.storage.database import place_of, reach
+from collab_service.storage.driver_errors import cause_of, is_refusal
 from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.storage.schema import SchemaState, UnsuitableDatabase
@@ -30,6 +31,8 @@ _log = structlog.get_logger(__name__)
 
 _DATABASE_LOOK = 1.0
 """Seconds between looks for a database that is not there when the server starts."""
+_DATABASE_WORD = 10.0
+"""Seconds after which it is said again that the database is not there; when the cause changes, it is said at once."""
 _POSTGRES_LOOK = 1.0
 """Seconds between looks for the PostgreSQL of our own, which is started again when it has died."""
 
@@ -169,20 +172,37 @@ async def _serve(config: Config, url: str, cluster: Cluster | None, log_format: 
 
 
 async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
-    """Wait for the database and look at its schema; False when told to stop before it was there."""
-    told = None
+    """Wait for the database and look at its schema; False when told to stop before it was there.
+
+    A database that does not exist yet is waited for, since whoever starts everything at once also makes it. A login
+    that is refused is an error: time does not make a password right.
+    """
+    told: tuple[str, float] | None = None
+    stopped = asyncio.create_task(stop.wait(), name="stop-while-waiting")
     while not stop.is_set():
+        # Connecting can take long, and this way of doing it can be cancelled.
+        reaching = asyncio.create_task(reach(url), name="database")
+        await asyncio.wait((reaching, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not reaching.done():
+            reaching.cancel()
+            break
         try:
+            await reaching
             state = await asyncio.to_thread(schema.schema_state, url)
         except StorageUnavailable as error:
             cause = cause_of(error)
-            if cause != told:
-                _log.warning("waiting for the database", cause=cause)
-                told = cause
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DATABASE_LOOK):
-                    await stop.wait()
+            if is_refusal(cause):
+                raise CommandError(
+                    f"the database does not let us in: {cause}; correct the user and the password in --database-url "
+                    "or COLLAB_DATABASE_URL, or what the server allows (pg_hba.conf)"
+                ) from error
+            now = time.monotonic()
+            if told is None or told[0] != cause or now > told[1] + _DATABASE_WORD:
+                _log.warning("waiting for the database", database=place_of(url), cause=cause)
+                told = cause, now
+            await asyncio.wait((stopped,), timeout=_DATABASE_LOOK)
             continue
+        stopped.cancel()
         if state in (SchemaState.MISSING, SchemaState.OLDER):
             what = (
                 "has no schema yet" if state is SchemaState.MISSING else "has an older schema than this version needs"

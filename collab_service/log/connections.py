@@ -31,6 +31,9 @@ class AppendConnections:
                 await connection.run(appending.KEEP_PLANS)
             try:
                 yield connection
+            except psycopg.errors.ReadOnlySqlTransaction:
+                connection.close()  # another server may take writes
+                raise
             except BaseException:
                 # The error to tell is the one that happened, not one of cleaning up after it.
                 with suppress(psycopg.Error):

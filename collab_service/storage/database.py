@@ -1,13 +1,17 @@
 """The connection to PostgreSQL: one engine, its pool, and how its sessions are set up."""
 
+import asyncio
+import os
 import select
+import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg
-from sqlalchemy import event
+from sqlalchemy import ExceptionContext, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import QueuePool
@@ -19,8 +23,12 @@ from collab_service.storage.driver_errors import driver_errors
 
 DriverConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
+_SET_UP_SECONDS = 5.0
+"""For the first statement on a connection."""
+
+# What the URL says itself counts more.
 _LIVENESS: dict[str, Any] = {
-    "connect_timeout": 5,  # seconds
+    "connect_timeout": 5,  # seconds, for each host of the URL
     # A server that vanishes without a word (its machine has died) is noticed within half a minute.
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -65,6 +73,28 @@ def url_problem(url: str) -> str | None:
     return None
 
 
+async def reach(url: str) -> None:
+    """Connect once; can be cancelled at any time.
+
+    Raises:
+        StorageUnavailable: The database cannot be reached.
+    """
+    with driver_errors():
+        connection = await psycopg.AsyncConnection.connect(_conninfo(url))
+        await connection.close()
+
+
+def place_of(url: str) -> str:
+    """Return where a URL's database is, for people: its hosts, ports and name, never a password."""
+    parts = psycopg.conninfo.conninfo_to_dict(libpq_url(url))
+    kept = {name: parts[name] for name in ("host", "port", "dbname", "user", "service") if parts.get(name)}
+    return psycopg.conninfo.make_conninfo("", **kept)
+
+
+def _conninfo(url: str) -> str:
+    return psycopg.conninfo.make_conninfo("", **{**_LIVENESS, **psycopg.conninfo.conninfo_to_dict(libpq_url(url))})
+
+
 class Database:
     """A pool of connections to one PostgreSQL database.
 
@@ -79,8 +109,9 @@ class Database:
             metrics: Where the pool is seen.
             pool_size: Connections at most.
         """
-        self._url = libpq_url(url)
+        self._conninfo = _conninfo(url)
         self._metrics = metrics
+        self._opened: WeakKeyDictionary[DriverConnection, float] = WeakKeyDictionary()
         self._engine = create_async_engine(
             "postgresql+psycopg://",
             async_creator=self.connect,
@@ -91,6 +122,7 @@ class Database:
         )
         event.listen(self._engine.sync_engine, "checkout", _refuse_hung_up)
         event.listen(self._engine.sync_engine, "checkin", self._close_if_late)
+        event.listen(self._engine.sync_engine, "handle_error", _leave_read_only_server)
         pool = self._engine.sync_engine.pool
         assert isinstance(pool, QueuePool)
         metrics.watch(pool_size, pool.checkedout)
@@ -99,10 +131,12 @@ class Database:
     async def connect(self) -> DriverConnection:
         """Open a connection outside the pool; the caller closes it."""
         connection = await psycopg.AsyncConnection.connect(
-            self._url, autocommit=True, application_name="collab-service", client_encoding="UTF8", **_LIVENESS
+            self._conninfo, autocommit=True, application_name="collab-service", client_encoding="UTF8"
         )
+        self._opened[connection] = time.monotonic()
         try:
-            await connection.execute(_SET_UP_SESSION)
+            with _hung_up_after(_SET_UP_SECONDS, connection):
+                await connection.execute(_SET_UP_SESSION)
             await connection.set_autocommit(False)
         except BaseException:
             await connection.close()
@@ -159,6 +193,15 @@ class Database:
                     elif autocommit:
                         await driver.set_autocommit(False)
 
+    def hang_up(self, *, opened_before: float) -> None:
+        """Cut the connections, lent or not, that were opened before a moment of `time.monotonic`.
+
+        Whoever waits on one is told that it is lost, and a new one is opened when it is needed.
+        """
+        for connection, opened in list(self._opened.items()):
+            if opened < opened_before:
+                _hang_up(connection)
+
     async def dispose(self) -> None:
         """Close the pool; connections that are still lent are closed when they come back."""
         self._disposed = True
@@ -202,6 +245,15 @@ class Pulse:
             await self.close()
             raise ReadOnlyServer
 
+    def give_up(self) -> None:
+        """Cut the connection, so that a beat that waits for an answer on it ends."""
+        if self._connection is not None:
+            _hang_up(self._connection)
+
+    def leave(self, *, opened_before: float) -> None:
+        """Cut all connections to the database from before a moment of `time.monotonic`."""
+        self._database.hang_up(opened_before=opened_before)
+
     async def close(self) -> None:
         """Close the connection; the next beat opens another."""
         connection, self._connection = self._connection, None
@@ -218,3 +270,31 @@ def _refuse_hung_up(adapted: Any, _record: Any, _proxy: Any) -> None:
     poll.register(driver.fileno(), select.POLLIN)
     if poll.poll(0):
         raise DisconnectionError
+
+
+def _leave_read_only_server(context: ExceptionContext) -> None:
+    """Have the pool give up its connections when one shows that the server takes no writes any more."""
+    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+        context.is_disconnect = True
+
+
+@contextmanager
+def _hung_up_after(seconds: float, connection: DriverConnection) -> Iterator[None]:
+    timer = asyncio.get_running_loop().call_later(seconds, _hang_up, connection)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _hang_up(connection: DriverConnection) -> None:
+    """Cut a connection for good, whatever it is doing.
+
+    Whoever waits on it sees its end. Closing it would wake nobody, and who is cancelled waits for the server again: the
+    driver asks it to cancel the statement.
+    """
+    with (
+        suppress(psycopg.OperationalError, OSError),  # it is closed, or lost already
+        socket.socket(fileno=os.dup(connection.pgconn.socket)) as same,
+    ):
+        same.shutdown(socket.SHUT_RDWR)

@@ -53,6 +53,8 @@ _NO_CONNECTION_LEFT = (
     "too many connections for",
     "remaining connection slots are reserved",
 )
+# Those of src/backend/libpq/auth.c, and libpq's own.
+_REFUSALS = ("authentication failed for user", "no pg_hba.conf entry", "pg_hba.conf rejects", "no password supplied")
 
 
 def translate(error: BaseException) -> CollabError | None:
@@ -83,6 +85,11 @@ def cause_of(error: CollabError) -> str:
     if isinstance(cause, DBAPIError) and cause.orig is not None:
         cause = cause.orig
     return " ".join(str(cause or error).split())
+
+
+def is_refusal(cause: str) -> bool:
+    """Tell whether the driver's words say that the server does not let this user in, which waiting does not change."""
+    return any(words in cause for words in _REFUSALS)
 
 
 @contextmanager

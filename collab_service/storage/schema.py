@@ -1,9 +1,11 @@
 """The schema's version: bringing a database up to it, and telling whether one is."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from alembic import command
@@ -11,12 +13,19 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, pool, text
+from sqlalchemy.exc import OperationalError
 
 import collab_service
 from collab_service.storage.database import libpq_url
 from collab_service.storage.driver_errors import driver_errors
 
 _MIGRATION_LOCK = 0x636F6C6C6162  # "collab" in ASCII: any number that is ours alone in this database
+_LOCK_LOOK = 0.2
+"""Seconds between looks whether another migration is done."""
+_LOCK_TIMEOUT = "2s"
+_LOCK_PAUSE = 1.0
+"""Seconds to let others work before a lock is asked for again."""
+_ATTEMPTS = 10
 
 
 class SchemaState(Enum):
@@ -36,27 +45,50 @@ def migrate(url: str, *, target: str = "head") -> tuple[str | None, str | None]:
     """Migrate the database to `target` and return the revisions before and after.
 
     Safe when several processes start at once: an advisory lock lets one work, and the others then find nothing to do.
+    Safe while servers work: whoever asks for a lock on a table makes everybody behind it wait, so a statement waits two
+    seconds for one at most. The step is then undone, and tried again a moment later, some times.
 
     Raises:
+        LockTimeout: A table was locked by others all the time. What was done before is kept.
         StorageUnavailable: The database cannot be reached or takes no writes.
         UnsuitableDatabase: It is not encoded in UTF-8.
     """
     with _connect(url) as connection:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
-        connection.commit()
+        # Asked for again and again: a statement that waits holds a snapshot, and CREATE INDEX CONCURRENTLY waits for
+        # all of those, so that the two would wait for each other.
+        while not _ask(connection, "SELECT pg_try_advisory_lock(:key)", key=_MIGRATION_LOCK):
+            time.sleep(_LOCK_LOOK)
         try:
+            _ask(connection, "SELECT set_config('lock_timeout', :time, false)", time=_LOCK_TIMEOUT)
             before = _revision(connection)
             script = _script()
             known = {revision.revision for revision in script.walk_revisions()}
             if target == "head" and before is not None and before not in known:
                 return before, before  # a newer version of the service has been here
-            move = command.downgrade if target == "base" else command.upgrade
-            with connection.begin():
-                move(_config(connection), target)
+            _move(connection, target)
             return before, _revision(connection)
         finally:
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
-            connection.commit()
+            _ask(connection, "SELECT pg_advisory_unlock(:key)", key=_MIGRATION_LOCK)
+
+
+def _move(connection: Connection, target: str) -> None:
+    move = command.downgrade if target == "base" else command.upgrade
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            move(_config(connection), target)
+            return
+        except OperationalError as error:
+            connection.rollback()
+            if attempt == _ATTEMPTS or not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                raise
+            time.sleep(_LOCK_PAUSE)
+
+
+def _ask(connection: Connection, statement: str, **parameters: str | int) -> Any:
+    """Return what a statement says, in a transaction of its own."""
+    answer = connection.execute(text(statement), parameters).scalar()
+    connection.commit()
+    return answer
 
 
 def schema_state(url: str) -> SchemaState:

@@ -281,7 +281,7 @@ async def test_idle_in_transaction(database: Database) -> None:
             await connection.execute("SET idle_in_transaction_session_timeout = '20ms'")
 
             async def is_cut() -> bool:
-                return count_connections(database._url, connection.info.dbname) == 0
+                return count_connections(database._conninfo, connection.info.dbname) == 0
 
             await until(is_cut, "the end of the idle transaction")
             await connection.execute("SELECT 1")

@@ -183,7 +183,9 @@ async def test_a_migration_waits_for_another(empty_database: str) -> None:
     async with await psycopg.AsyncConnection.connect(empty_database, autocommit=True) as connection:
 
         async def is_waiting() -> bool:
-            cursor = await connection.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            cursor = await connection.execute(
+                "SELECT 1 FROM pg_stat_activity WHERE application_name = 'collab-migrate' AND datname = current_database()"
+            )
             return await cursor.fetchone() is not None
 
         await connection.execute("SELECT pg_advisory_lock(%s)", (schema._MIGRATION_LOCK,))
