@@ -1,4 +1,4 @@
-"""A proxy between the service and PostgreSQL that loses connections at a chosen moment."""
+"""A proxy between the service and PostgreSQL that loses connections at a chosen moment, or all that is said."""
 
 import asyncio
 import shutil
@@ -30,6 +30,8 @@ class PostgresProxy:
         self._delayed: tuple[bytes, asyncio.StreamWriter] | None = None
         self._server_word: bytes | None = None
         self._refusing = False
+        self._silent = False
+        self._deaf: set[asyncio.StreamWriter] = set()
         self._connections: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.cuts = 0
@@ -60,9 +62,14 @@ class PostgresProxy:
         self._server_word = word
         self._stay_away = stay_away
 
+    def fall_silent(self) -> None:
+        """Swallow what is said on all connections, new ones as well, until `come_back`; the old ones never recover."""
+        self._silent = True
+        self._deaf |= self._connections
+
     def come_back(self) -> None:
         """Accept connections again."""
-        self._refusing = False
+        self._refusing = self._silent = False
 
     async def __aenter__(self) -> Self:
         name = f".s.PGSQL.{self._target.get('port') or 5432}"
@@ -78,6 +85,12 @@ class PostgresProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refusing:
+            writer.close()
+            return
+        if self._silent:
+            self._deaf.add(writer)
+            self._connections.add(writer)
+            await reader.read()
             writer.close()
             return
         path = f"{self._target['host']}/.s.PGSQL.{self._target.get('port') or 5432}"
@@ -98,6 +111,8 @@ class PostgresProxy:
     ) -> None:
         try:
             while data := await source.read(65536):
+                if sink in self._deaf:
+                    continue
                 if from_server and self._server_word is not None and self._server_word in data:
                     self._server_word = None
                     self._refusing = self._stay_away

@@ -58,17 +58,15 @@ def migrate(url: str, *, target: str = "head") -> tuple[str | None, str | None]:
         # all of those, so that the two would wait for each other.
         while not _ask(connection, "SELECT pg_try_advisory_lock(:key)", key=_MIGRATION_LOCK):
             time.sleep(_LOCK_LOOK)
-        try:
-            _ask(connection, "SELECT set_config('lock_timeout', :time, false)", time=_LOCK_TIMEOUT)
-            before = _revision(connection)
-            script = _script()
-            known = {revision.revision for revision in script.walk_revisions()}
-            if target == "head" and before is not None and before not in known:
-                return before, before  # a newer version of the service has been here
-            _move(connection, target)
-            return before, _revision(connection)
-        finally:
-            _ask(connection, "SELECT pg_advisory_unlock(:key)", key=_MIGRATION_LOCK)
+        # The lock ends with the connection.
+        _ask(connection, "SELECT set_config('lock_timeout', :time, false)", time=_LOCK_TIMEOUT)
+        before = _revision(connection)
+        script = _script()
+        known = {revision.revision for revision in script.walk_revisions()}
+        if target == "head" and before is not None and before not in known:
+            return before, before  # a newer version of the service has been here
+        _move(connection, target)
+        return before, _revision(connection)
 
 
 def _move(connection: Connection, target: str) -> None:
@@ -78,9 +76,9 @@ def _move(connection: Connection, target: str) -> None:
             move(_config(connection), target)
             return
         except OperationalError as error:
-            connection.rollback()
             if attempt == _ATTEMPTS or not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise
+            connection.rollback()
             time.sleep(_LOCK_PAUSE)
 
 

@@ -184,7 +184,8 @@ async def test_a_migration_waits_for_another(empty_database: str) -> None:
 
         async def is_waiting() -> bool:
             cursor = await connection.execute(
-                "SELECT 1 FROM pg_stat_activity WHERE application_name = 'collab-migrate' AND datname = current_database()"
+                "SELECT 1 FROM pg_stat_activity"
+                " WHERE application_name = 'collab-migrate' AND datname = current_database()"
             )
             return await cursor.fetchone() is not None
 
