@@ -67,6 +67,10 @@ class PostgresProxy:
         self._silent = True
         self._deaf |= self._connections
 
+    def is_connected(self) -> bool:
+        """Whether there is a connection."""
+        return bool(self._connections)
+
     def come_back(self) -> None:
         """Accept connections again."""
         self._refusing = self._silent = False

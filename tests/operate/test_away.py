@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from collab_service.client import CollabClient, NewEvent, ServiceError
 from collab_service.storage.embedded import Cluster
-from tests.processes import ServeProcess
+from tests.processes import ServeProcess, collab
 from tests.proxy import PostgresProxy
 from tests.waiting import until
 
@@ -29,7 +30,6 @@ async def health_becomes(client: CollabClient, serving: bool) -> float:
         return await client.is_serving() == serving
 
     await until(says, f"health with serving={serving}")
-    print("MEASURED", serving, time.monotonic() - begun)
     return time.monotonic() - begun
 
 
@@ -126,6 +126,50 @@ async def test_a_network_that_swallows_everything(database_url: str, directory: 
             assert await asyncio.wait_for(follower, 20) == [1, 2, 3, 4]
         assert await asyncio.to_thread(server.stop) == 0
         server.__exit__(None, None, None)
+
+
+async def test_a_signal_while_a_silent_database_is_waited_for(database_url: str, directory: Path) -> None:
+    """A database that accepts connections and says nothing keeps no server from ending at once."""
+    async with PostgresProxy(database_url) as proxy:
+        proxy.fall_silent()
+        server = ServeProcess("--database-url", proxy.url, cwd=directory)
+
+        async def is_waiting() -> bool:
+            return proxy.is_connected()
+
+        await until(is_waiting, "an attempt to connect")
+        begun = time.monotonic()
+        assert await asyncio.to_thread(server.stop) == 0
+        assert time.monotonic() - begun < 1 + _SLACK
+        server.__exit__(None, None, None)
+
+
+async def test_started_before_the_database(own_cluster: Cluster, directory: Path) -> None:
+    """It says what it waits for, without the password, and serves as soon as the database is there."""
+    url = own_cluster.url
+    password = str(conninfo_to_dict(url)["password"])
+    own_cluster.stop()
+    server = ServeProcess("--database-url", url, cwd=directory)
+    waiting = server.wait_for("waiting for the database")
+    assert "dbname=postgres" in waiting["database"]
+    assert waiting["cause"]
+    await asyncio.to_thread(own_cluster.start)
+    with server:
+        assert server.stop() == 0
+    assert password not in server.text()
+
+
+def test_a_login_that_is_refused(database_url: str) -> None:
+    """Time makes no password right: it ends with status 1 and says what to do, without the password."""
+    wrong = make_conninfo(database_url, password="sEcret")
+    result = collab("serve", "--database-url", wrong, "--grpc-address", "127.0.0.1:0")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("collab: ")
+    for words in ("password authentication failed", "--database-url", "COLLAB_DATABASE_URL"):
+        assert words in last
+    assert "sEcret" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 async def read_until(client: CollabClient, session_id: int, last: int) -> list[int]:
