@@ -16,6 +16,8 @@ _log = structlog.get_logger(__name__)
 _INTERVAL = 0.5
 _PATIENCE = 1.25
 """Seconds after which a database that does not answer is taken to be away; with the interval less than two."""
+_SILENCE = 2.5
+"""Seconds without an answer after which a connection may be one that leads nowhere; less is a slow answer."""
 _GIVE_UP = 10.0
 """Seconds of silence after which nobody waits any more for answers to what was sent before."""
 
@@ -63,8 +65,10 @@ class HealthMonitor:
             # Not cancelled when it takes too long: the driver would wait for the server even then.
             await asyncio.wait((looking,), timeout=_PATIENCE)
             if not looking.done():
-                self._silent_since = self._silent_since or begun
                 await self._tell(cause="no answer")
+                await asyncio.wait((looking,), timeout=_SILENCE - _PATIENCE)
+            if not looking.done():
+                self._silent_since = self._silent_since or begun
                 self._pulse.give_up()
             try:
                 await looking
