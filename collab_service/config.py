@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collab_service.model import Limits, QueueLimits
-from collab_service.model.limits import DEFAULT_MAX_FOLLOWERS
+from collab_service.model.limits import DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_FOLLOWERS
 
 DEFAULT_HTTP_ADDRESS = "127.0.0.1:8080"
 DEFAULT_MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -33,6 +33,8 @@ class Config:
     """Let other processes listen on the same ports, as the workers of one `collab serve` do."""
     keepalive: float = 30.0
     """Seconds of silence after which a client is asked for a sign of life."""
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
+    """Connections at once, at each port of a process."""
     max_followers: int = DEFAULT_MAX_FOLLOWERS
     """Follows at once, of all sessions together."""
     notify: bool = True

@@ -7,10 +7,18 @@ from typing import Annotated
 import typer
 
 from collab_service.cli.connection import Target
-from collab_service.cli.settings import AllowUnauthenticated, CorsOrigins, LogFormatOption, MaxBodyBytes, ShutdownGrace
+from collab_service.cli.settings import (
+    AllowUnauthenticated,
+    CorsOrigins,
+    LogFormatOption,
+    MaxBodyBytes,
+    MaxConnections,
+    ShutdownGrace,
+)
 from collab_service.client import DEFAULT_TARGET
 from collab_service.config import DEFAULT_HTTP_ADDRESS, DEFAULT_MAX_BODY_BYTES
 from collab_service.logs import LogFormat
+from collab_service.model.limits import DEFAULT_MAX_CONNECTIONS
 
 
 def gateway(
@@ -21,6 +29,7 @@ def gateway(
     ] = DEFAULT_HTTP_ADDRESS,
     cors_origin: CorsOrigins = None,
     max_body_bytes: MaxBodyBytes = DEFAULT_MAX_BODY_BYTES,
+    max_connections: MaxConnections = DEFAULT_MAX_CONNECTIONS,
     allow_unauthenticated: AllowUnauthenticated = False,
     log_format: LogFormatOption = LogFormat.AUTO,
     shutdown_grace: ShutdownGrace = 10.0,
@@ -43,6 +52,7 @@ def gateway(
         http_address=http_address,
         cors_origins=tuple(cors_origin or ()),
         max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
     )
     with serving.server_errors(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         serving.check_reach("--http-address", http_address, allow_unauthenticated)

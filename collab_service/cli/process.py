@@ -144,6 +144,7 @@ def _gateway_config(config: Config, http_address: str, grpc_address: str) -> Gat
         share_port=config.share_port,
         cors_origins=config.cors_origins,
         max_body_bytes=config.max_body_bytes,
+        max_connections=config.max_connections,
     )
 
 

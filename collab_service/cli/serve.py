@@ -14,13 +14,14 @@ from collab_service.cli.settings import (
     DatabaseUrl,
     LogFormatOption,
     MaxBodyBytes,
+    MaxConnections,
     ShutdownGrace,
     default_data_dir,
 )
 from collab_service.config import DEFAULT_HTTP_ADDRESS, DEFAULT_MAX_BODY_BYTES, Config
 from collab_service.logs import LogFormat
 from collab_service.model import Limits, QueueLimits
-from collab_service.model.limits import DEFAULT_MAX_FOLLOWERS
+from collab_service.model.limits import DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_FOLLOWERS
 
 _MAX_WORKERS = 256
 
@@ -109,6 +110,7 @@ def serve(
         int, _limit("max-signature-bytes", "The signature of an event.")
     ] = _LIMITS.signature_bytes,
     max_message_bytes: Annotated[int, _limit("max-message-bytes", "A received gRPC message.")] = _LIMITS.message_bytes,
+    max_connections: MaxConnections = DEFAULT_MAX_CONNECTIONS,
     max_followers: Annotated[
         int, _limit("max-followers", "Follows at once in a process; further ones are answered TOO_MANY_FOLLOWERS.")
     ] = DEFAULT_MAX_FOLLOWERS,
@@ -146,6 +148,7 @@ def serve(
         workers=_workers(workers),
         shutdown_grace=shutdown_grace,
         keepalive=keepalive,
+        max_connections=max_connections,
         max_followers=max_followers,
         notify=notify,
         limits=Limits(

@@ -40,6 +40,16 @@ LogFormatOption = Annotated[
     LogFormat,
     typer.Option(envvar="COLLAB_LOG_FORMAT", help="Log lines for people or machines; auto asks the terminal."),
 ]
+MaxConnections = Annotated[
+    int,
+    typer.Option(
+        envvar="COLLAB_MAX_CONNECTIONS",
+        min=1,
+        max=2**31 - 1,
+        help="Connections at once, at each port of a process.",
+        rich_help_panel="Limits",
+    ),
+]
 MaxBodyBytes = Annotated[
     int,
     typer.Option(

@@ -1,7 +1,11 @@
-"""HTTP on the wire: uvicorn's protocol, with a bound on heads, and errors in the contract's shape."""
+"""HTTP on the wire: uvicorn's protocol, with bounds on what connections cost, and errors in the contract's shape."""
 
+import asyncio
 import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -14,10 +18,70 @@ _MOST_HEAD_BYTES = 64 * 1024
 """What may come without a request, or a part of its body, being complete. The parser itself would keep any amount."""
 
 
+_HEAD_SECONDS = 10.0
+"""For a first line and headers to come, from the first byte on, and for a new connection to say anything."""
+_BODY_SECONDS = 60.0
+"""For a body to come."""
+_STALLED_SECONDS = 60.0
+"""After which a client that takes nothing of its answer is cut off."""
+_STALLED_BYTES = 32 * 1024 * 1024
+"""Of answers that wait to be taken, from which on clients that take nothing are cut off after a second."""
+_LOOK = 1.0
+"""Seconds between looks at a client that takes nothing."""
+
+
+@dataclass(slots=True)
+class Connections:
+    """What the connections of a process may cost together."""
+
+    most: int
+    """How many there may be."""
+    stalled: dict["Protocol", float] = field(default_factory=dict)
+    """Those whose clients take nothing, with the time since when."""
+
+    def are_crowded(self) -> bool:
+        """Whether much waits to be taken."""
+        return sum(stalled.transport.get_write_buffer_size() for stalled in self.stalled) > _STALLED_BYTES
+
+
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
-    _unfinished = 0
+    def __init__(self, together: Connections, **given: Any) -> None:
+        super().__init__(**given)
+        self._together = together
+        self._unfinished = 0
+        self._in_body = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._last_used = self.loop.time()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection; where there are too many, the one that has been idle for longest makes room."""
+        super().connection_made(transport)
+        if len(self.connections) <= self._together.most:
+            self._wait(_HEAD_SECONDS)
+            return
+        others = (other for other in self.connections if isinstance(other, Protocol) and other is not self)
+        idle = min((other for other in others if other.is_idle), key=lambda other: other._last_used, default=None)
+        if idle is None:
+            what = "there are too many connections"
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "OVERLOADED", what, {"retry-after": "1"})
+        else:
+            idle.transport.abort()
+            self.connections.discard(idle)
+            self._wait(_HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of a connection."""
+        self._forget_timer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being carried out."""
+        return self.cycle is None or self.cycle.response_complete
 
     @property
     def is_answering(self) -> bool:
@@ -27,14 +91,22 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take what a client sends."""
         self._unfinished += len(data)
+        self._last_used = self.loop.time()
         super().data_received(data)
         if self._unfinished > _MOST_HEAD_BYTES:
             what = f"the first line and the headers must be at most {_MOST_HEAD_BYTES} bytes"
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "HEADERS_TOO_LARGE", what)
+        elif self._in_body or self._unfinished:
+            if self._timer is None:
+                self._wait(_BODY_SECONDS if self._in_body else _HEAD_SECONDS)
+        else:
+            self._forget_timer()
 
     def on_headers_complete(self) -> None:
         """Begin to answer a request."""
         self._unfinished = 0
+        self._in_body = True
+        self._forget_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -45,13 +117,55 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Take note of the end of a request."""
         self._unfinished = 0
+        self._in_body = False
+        self._forget_timer()
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """Take note that the client takes nothing for now."""
+        super().pause_writing()
+        self._together.stalled[self] = self.loop.time()
+        self._look = self.loop.call_later(_LOOK, self._look_at_stalled)
+
+    def resume_writing(self) -> None:
+        """Take note that the client takes its answer."""
+        super().resume_writing()
+        self._together.stalled.pop(self, None)
+        if self._look is not None:
+            self._look.cancel()
+
+    def _look_at_stalled(self) -> None:
+        stalled = self.loop.time() - self._together.stalled[self]
+        if stalled >= _STALLED_SECONDS or self._together.are_crowded():
+            _log.info("client takes nothing, cut off", stalled_seconds=round(stalled, 1))
+            self.transport.abort()
+        else:
+            self._look = self.loop.call_later(_LOOK, self._look_at_stalled)
+
+    def _wait(self, seconds: float) -> None:
+        self._timer = self.loop.call_later(seconds, self._late, seconds)
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self, seconds: float) -> None:
+        if self.flow.read_paused:  # it is us who take nothing
+            self._wait(seconds)
+        elif not self._in_body and not self._unfinished:
+            self.transport.close()
+        elif self._in_body and self.is_idle:
+            self.transport.abort()  # it has had its answer; what did not come is the rest of a body
+        else:
+            what = f"the request did not come within {seconds:.0f} s"
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, "REQUEST_TIMEOUT", what)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self._refuse(HTTPStatus.BAD_REQUEST, "INVALID_REQUEST", "this is not a request of HTTP/1.1 (RFC 9112)")
 
-    def _refuse(self, status: HTTPStatus, code: str, message: str) -> None:
+    def _refuse(self, status: HTTPStatus, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         if self.transport.is_closing():
             return
         if self.is_answering or self.pipeline:
@@ -59,8 +173,8 @@ class Protocol(HttpToolsProtocol):
             return
         request_id = uuid.uuid4().hex
         _log.info("request failed", status=int(status), code=code, request_id=request_id)
-        answer = answer_to_error(RequestError(status, code, message))
-        headers = [*answer.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
-        head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        answer = answer_to_error(RequestError(status, code, message, headers=headers))
+        lines = [*answer.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        head = b"".join(b"%b: %b\r\n" % line for line in lines)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + answer.body)
         self.transport.close()

@@ -7,6 +7,8 @@ import math
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -14,7 +16,7 @@ import uvicorn
 from collab_service.addresses import join_address, listening_socket, split_address
 from collab_service.client import CollabClient, RetryPolicy
 from collab_service.gateway.app import Gateway, Metrics
-from collab_service.gateway.protocol import Protocol
+from collab_service.gateway.protocol import Connections, Protocol
 from collab_service.gateway.streams import FOLLOWS
 
 _log = structlog.get_logger(__name__)
@@ -40,6 +42,8 @@ class GatewayConfig:
     cors_origins: Sequence[str] = ()
     """Origins whose pages may call from a browser."""
     max_body_bytes: int = 8 * 1024 * 1024
+    max_connections: int = 10_000
+    """Connections at once."""
 
 
 class GatewayServer:
@@ -68,7 +72,7 @@ class GatewayServer:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                http=Protocol,
+                http=cast(Any, partial(Protocol, Connections(config.max_connections))),
                 ws="none",
                 server_header=False,
                 proxy_headers=False,  # nothing here depends on who calls

@@ -58,6 +58,7 @@ async def follow(
         follower = _Follower(reader, tails, tail, since, limit or MAX_INT64, types, encoded=encoded)
         try:
             while (page := await follower.next()) is not None:
+                await reader.room_for(page)
                 with reader.sending(page.size):
                     held = [page]
                     del page  # its bytes may be on their way for long; nobody needs the events meanwhile

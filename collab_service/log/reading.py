@@ -25,6 +25,9 @@ _MUCH_ON_ITS_WAY = 64 * 1024 * 1024
 """Bytes of pages that readers have not taken yet, from which on there are only small ones: readers that have stalled
 must not fill the memory."""
 _SMALL_PAGE_BYTES = 32 * 1024
+_MOST_ON_ITS_WAY = 128 * 1024 * 1024
+"""Bytes of pages that readers have not taken yet, from which on nothing more is read; those who take nothing are ended
+then."""
 _READ_AHEAD = 3
 """Pages that a reader who keeps up has at once: one that is sent, and those that are read meanwhile."""
 
@@ -110,18 +113,38 @@ class Reader:
         self._database = database
         self._metrics = metrics
         self._turns = asyncio.Semaphore(at_once)
+        self._page_turns = asyncio.Semaphore(at_once)
         self._at_once = at_once
         self._reading = 0
         self._on_its_way = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
 
     @contextmanager
     def sending(self, size: int) -> Iterator[None]:
         """Count so many bytes as being on their way to a reader, for the length of the block."""
-        self._on_its_way += size
+        self._now_on_its_way(size)
         try:
             yield
         finally:
-            self._on_its_way -= size
+            self._now_on_its_way(-size)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is on its way to readers that nothing more is read."""
+        return not self._has_room.is_set()
+
+    async def room_for(self, page: Page) -> None:
+        """Wait until a page may be sent. Small ones always may: what people write does not wait for those who stall."""
+        if page.size > _SMALL_PAGE_BYTES:
+            await self._has_room.wait()
+
+    def _now_on_its_way(self, more: int) -> None:
+        self._on_its_way += more
+        if self._on_its_way < _MOST_ON_ITS_WAY:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
 
     async def heads(self, session_ids: Sequence[int]) -> dict[int, int]:
         """Return the last numbers of those of these sessions that exist."""
@@ -167,11 +190,11 @@ class Reader:
             return reading.PageBounds(session_id, since, through, types, min(count, PAGE_EVENTS), max_bytes)
 
         if encoded:
-            found = await self._read(lambda connection: reading.read_encoded_page(connection, bounds()))
+            found = await self._read_page(lambda connection: reading.read_encoded_page(connection, bounds()))
             chunk = None if found is None else Chunk.of_bytes(found)
             last = 0 if found is None else found.last_server_seq
         else:
-            events = await self._read(lambda connection: reading.read_page(connection, bounds()))
+            events = await self._read_page(lambda connection: reading.read_page(connection, bounds()))
             # Nobody else has a page from the table, so a rough size will do: characters of the payloads.
             chunk = Chunk(events, sum(len(event.content.payload) for event in events)) if events else None
             last = events[-1].server_seq if events else 0
@@ -227,6 +250,11 @@ class Reader:
     def _pages_at_once(self) -> int:
         """Return how many pages one reader may have at once: more than one while there is plenty of everything."""
         return _READ_AHEAD if self._reading < self._at_once and self._on_its_way < _MUCH_ON_ITS_WAY // 4 else 1
+
+    async def _read_page(self, statement: Callable[[DriverConnection], Awaitable[T]]) -> T:
+        async with self._page_turns:
+            await self._has_room.wait()
+            return await self._read(statement)
 
     async def _read(self, statement: Callable[[DriverConnection], Awaitable[T]]) -> T:
         async with self._turns:

@@ -93,6 +93,11 @@ class LogService:
             self._tasks.spawn(self._notifications.listen(), "listen")
             self._tasks.spawn(self._notifications.send(), "notify")
 
+    @property
+    def readers_hold_too_much(self) -> bool:
+        """Whether so much is on its way to readers that nothing more is read."""
+        return self._reader.is_full
+
     def stop_following(self) -> None:
         """End all follows, also those that come from now on, with `ShuttingDown`."""
         self._tails.close(ShuttingDown())

@@ -7,6 +7,8 @@ MAX_JSON_DEPTH = 128
 MAX_EVENT_TYPES = 1_000
 """Types that one read can ask for."""
 
+DEFAULT_MAX_CONNECTIONS = 10_000
+"""Connections at once at each port of a process."""
 DEFAULT_MAX_FOLLOWERS = 10_000
 """Follows at once in one process."""
 DEFAULT_PAGE_SIZE = 100

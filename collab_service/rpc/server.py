@@ -26,6 +26,8 @@ _OPTION = "--grpc-address"
 _LINGER = 0.5
 """Seconds to go on refusing new calls before the port closes."""
 _PENDING_CALLS = 20_000
+_HANDSHAKE = 10.0
+"""Seconds for a new connection to become one of HTTP/2."""
 _FLUSH = 1.0
 """Seconds for the last answers to get out, once the calls are done."""
 
@@ -64,6 +66,7 @@ class Server:
         await self._health.beat()
         self._tasks.spawn(self._health.run(), "health")
         self._tasks.spawn(self._metrics.of_process.run(), "metrics")
+        self._tasks.spawn(self._servicer.end_stalled(), "stalled readers")
         host, port = split_address(self._config.grpc_address)
         if not self._config.share_port:
             free_place(self._config.grpc_address, option=_OPTION)
@@ -104,6 +107,8 @@ class Server:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.absolute_max_metadata_size", 32 * 1024),
+                ("grpc.max_allowed_incoming_connections", self._config.max_connections),
+                ("grpc.server_handshake_timeout_ms", int(_HANDSHAKE * 1000)),
                 ("grpc.max_concurrent_streams", 4_096),
                 # A window that grows with the rate holds megabytes for each call, also for those that are refused. One
                 # of 64 KiB is no brake on a large message: it is extended for the one that is being received.

@@ -20,6 +20,10 @@ _STALLED = 60.0
 """Seconds after which a reader that takes no message is ended."""
 _OF_COLUMNS = ("collab-events-of", "columns")
 """Metadata that asks for events as the columns have them, for `collab verify`."""
+_STALLED_WHEN_FULL = 1.0
+"""The same, while so much is on its way to readers that nothing more is read."""
+_LOOK = 0.25
+"""Seconds between looks at whether that is so."""
 _LAST_MESSAGE = 1.0
 """Seconds that a follower gets to take its last message when the server stops."""
 
@@ -32,7 +36,8 @@ class Servicer:
         self._metrics = metrics
         self._limits = limits
         self._append_streams: set[AppendStream] = set()
-        self._follow_writes: set[asyncio.Timeout] = set()
+        self._writes: dict[asyncio.Timeout, bool] = {}
+        """Messages on their way to readers, and whether they are those of a follow."""
         self._stopping = False
 
     def stop_streams(self) -> None:
@@ -41,9 +46,19 @@ class Servicer:
         for stream in self._append_streams:
             stream.stop()
         self._service.stop_following()
-        for timeout in self._follow_writes:
-            with suppress(RuntimeError):  # it has just run out
-                timeout.reschedule(asyncio.get_running_loop().time() + _LAST_MESSAGE)
+        for timeout, follow in self._writes.items():
+            if follow:
+                _end_in(timeout, _LAST_MESSAGE)
+
+    async def end_stalled(self) -> None:
+        """End readers that take nothing while there is no room for others, for ever."""
+        while True:
+            await asyncio.sleep(_LOOK)
+            if self._service.readers_hold_too_much:
+                begun_before = asyncio.get_running_loop().time() - _STALLED_WHEN_FULL
+                for timeout in self._writes:
+                    if (end := timeout.when()) is not None and end - _STALLED < begun_before:
+                        _end_in(timeout, 0)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Create a session, or return the one that has the room."""
@@ -160,17 +175,21 @@ class Servicer:
     async def _write(self, message: bytes, context: Context, *, follow: bool) -> None:
         try:
             async with asyncio.timeout(_LAST_MESSAGE if follow and self._stopping else _STALLED) as timeout:
-                if follow:
-                    self._follow_writes.add(timeout)
+                self._writes[timeout] = follow
                 await context.write(message)
             self._metrics.sent(len(message), follow=follow)
         except TimeoutError:
             raise ShuttingDown if follow and self._stopping else ReaderStalled from None
         finally:
-            self._follow_writes.discard(timeout)
+            self._writes.pop(timeout, None)
 
     def _language_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> int | None:
         return check.at_least(1, "language_id", request.language_id) if request.HasField("language_id") else None
 
     def _owner_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> str | None:
         return check.text("owner_id", request.owner_id) if request.HasField("owner_id") else None
+
+
+def _end_in(timeout: asyncio.Timeout, seconds: float) -> None:
+    with suppress(RuntimeError):  # it has just run out
+        timeout.reschedule(asyncio.get_running_loop().time() + seconds)
