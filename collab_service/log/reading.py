@@ -21,11 +21,11 @@ _SCAN = 10_000
 
 _SHARED_PARTS = 8
 """Different filters by type for which a chunk keeps what they leave of it."""
-_MUCH_ON_ITS_WAY = 64 * 1024 * 1024
+_MUCH_ON_ITS_WAY = 32 * 1024 * 1024
 """Bytes of pages that readers have not taken yet, from which on there are only small ones: readers that have stalled
 must not fill the memory."""
 _SMALL_PAGE_BYTES = 32 * 1024
-_MOST_ON_ITS_WAY = 128 * 1024 * 1024
+_MOST_ON_ITS_WAY = 64 * 1024 * 1024
 """Bytes of pages that readers have not taken yet, from which on nothing more is read; those who take nothing are ended
 then."""
 _READ_AHEAD = 3

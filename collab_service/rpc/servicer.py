@@ -13,6 +13,7 @@ from collab_service.rpc.append_stream import AppendStream
 from collab_service.rpc.boundary import Context
 from collab_service.rpc.convert import appended_message, event_message, page_bytes, session_message
 from collab_service.rpc.page_token import make_page_token
+from collab_service.rpc.stuck import StuckMessages
 from collab_service.rpc.validate import Check
 from collab_service.v1 import collab_service_pb2 as pb
 
@@ -38,6 +39,7 @@ class Servicer:
         self._append_streams: set[AppendStream] = set()
         self._writes: dict[asyncio.Timeout, bool] = {}
         """Messages on their way to readers, and whether they are those of a follow."""
+        self._stuck = StuckMessages()
         self._stopping = False
 
     def stop_streams(self) -> None:
@@ -179,6 +181,7 @@ class Servicer:
                 await context.write(message)
             self._metrics.sent(len(message), follow=follow)
         except TimeoutError:
+            self._stuck.add(context.peer(), len(message))
             raise ShuttingDown if follow and self._stopping else ReaderStalled from None
         finally:
             self._writes.pop(timeout, None)
