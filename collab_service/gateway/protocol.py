@@ -15,7 +15,8 @@ from collab_service.gateway.errors import RequestError, answer_to_error
 _log = structlog.get_logger(__name__)
 
 _MOST_HEAD_BYTES = 64 * 1024
-"""What may come without a request, or a part of its body, being complete. The parser itself would keep any amount."""
+"""What a first line and headers may have, also when they come in pieces, and what may come between two parts of a body.
+The parser itself would keep any amount."""
 
 
 _HEAD_SECONDS = 10.0
@@ -51,6 +52,8 @@ class Protocol(HttpToolsProtocol):
         super().__init__(**given)
         self._together = together
         self._unfinished = 0
+        self._head_bytes = 0
+        self.url = b""
         self._in_body = False
         self._timer: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
@@ -94,13 +97,24 @@ class Protocol(HttpToolsProtocol):
         self._last_used = self.loop.time()
         super().data_received(data)
         if self._unfinished > _MOST_HEAD_BYTES:
-            what = f"the first line and the headers must be at most {_MOST_HEAD_BYTES} bytes"
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "HEADERS_TOO_LARGE", what)
+            self._refuse_head()
         elif self._in_body or self._unfinished:
             if self._timer is None:
                 self._wait(_BODY_SECONDS if self._in_body else _HEAD_SECONDS)
         else:
             self._forget_timer()
+
+    def on_message_begin(self) -> None:
+        """Begin to take a request."""
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. What is raised here ends the parsing, and comes out as `send_400_response`."""
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes + len(self.url) > _MOST_HEAD_BYTES:
+            raise ValueError("too many headers")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin to answer a request."""
@@ -163,7 +177,14 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
+        if self._head_bytes + len(self.url) > _MOST_HEAD_BYTES:
+            self._refuse_head()
+            return
         self._refuse(HTTPStatus.BAD_REQUEST, "INVALID_REQUEST", "this is not a request of HTTP/1.1 (RFC 9112)")
+
+    def _refuse_head(self) -> None:
+        what = f"the first line and the headers must be at most {_MOST_HEAD_BYTES} bytes"
+        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "HEADERS_TOO_LARGE", what)
 
     def _refuse(self, status: HTTPStatus, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         if self.transport.is_closing():
