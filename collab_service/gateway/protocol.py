@@ -19,6 +19,8 @@ _MOST_HEAD_BYTES = 64 * 1024
 The parser itself would keep any amount."""
 
 
+_HEADER_BYTES = 4
+"""What a header has besides its name and its value."""
 _HEAD_SECONDS = 10.0
 """For a first line and headers to come, from the first byte on, and for a new connection to say anything."""
 _BODY_SECONDS = 60.0
@@ -111,7 +113,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header. What is raised here ends the parsing, and comes out as `send_400_response`."""
-        self._head_bytes += len(name) + len(value)
+        self._head_bytes += len(name) + len(value) + _HEADER_BYTES
         if self._head_bytes + len(self.url) > _MOST_HEAD_BYTES:
             raise ValueError("too many headers")
         super().on_header(name, value)
