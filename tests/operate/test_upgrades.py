@@ -102,8 +102,7 @@ async def test_the_release_before_works_while_this_one_migrates(
     head = schema._script().get_revision("made_up").down_revision
     before = schema._script().get_revision(str(head)).down_revision or head
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        await connection.execute("DROP TABLE collab_events, collab_sessions, alembic_version")
-        await connection.execute("DROP FUNCTION collab_delete_events_of_sessions")
+        schema.migrate(database_url, target="base")
         schema.migrate(database_url, target=str(before))
         cursor = await connection.execute(
             "INSERT INTO collab_sessions (created_at, last_active) VALUES (now(), now()) RETURNING id"
