@@ -511,14 +511,17 @@ async def _gathered_in_time(arrivals: Arrivals, expected: int) -> bool:
 def _in_doubt_when_lost(
     connection: PipelineConnection, events: Sequence[Event], decisions: Decisions, *, may_come_late: bool
 ) -> Iterator[None]:
-    """Raise `InDoubt` when the connection is lost during a commit that stores events."""
+    """Raise `InDoubt` when the connection is lost during a commit that stores events.
+
+    Whatever warning the server has left with, as one that crashes does: the transaction that finds out waits for the
+    same standby as the one in doubt did.
+    """
     try:
         yield
     except psycopg.Error as error:
         if connection.usable or not events:
             raise  # the server said that it failed, or there was nothing to store
-        if not connection.warnings:
-            raise InDoubt(events, decisions, may_come_late=may_come_late) from error
+        raise InDoubt(events, decisions, may_come_late=may_come_late) from error
 
 
 def _added(states: Mapping[int, SessionState]) -> list[Event]:

@@ -1,6 +1,8 @@
 """A connection that is lost during a commit: what is acknowledged is stored, once, and nothing is made up."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +20,21 @@ from tests.log.conftest import StartService
 from tests.log.logs import append, new_session, read_checked
 from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS, PostgresProxy
 from tests.waiting import until
+
+_SLOW_FIRST_COMMIT = """
+CREATE SEQUENCE commits;
+CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF nextval('commits') = 1 AND current_setting('collab.quick', true) IS NULL THEN
+            PERFORM pg_sleep(60);
+        END IF;
+        RETURN NULL;
+    END
+$$;
+CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON collab_events DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION slow_commit()
+"""
+"""A deferred trigger runs within COMMIT; this one is slow the first time. (A crash takes back what a sequence gave.)"""
 
 
 @pytest.fixture
@@ -192,16 +209,7 @@ async def test_terminated_in_the_middle_of_the_commit(start_service: StartServic
     service = start_service()
     session_id = await new_session(service)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        # A deferred trigger runs within COMMIT. This one is slow the first time.
-        await connection.execute("CREATE SEQUENCE commits")
-        await connection.execute(
-            "CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF nextval('commits') = 1 THEN PERFORM pg_sleep(60); END IF; RETURN NULL; END $$"
-        )
-        await connection.execute(
-            "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON collab_events DEFERRABLE INITIALLY DEFERRED"
-            " FOR EACH ROW EXECUTE FUNCTION slow_commit()"
-        )
+        await connection.execute(_SLOW_FIRST_COMMIT)
         task = asyncio.create_task(append(service, session_id, NewEvent(type="a")))
 
         async def terminated() -> bool:
@@ -214,6 +222,51 @@ async def test_terminated_in_the_middle_of_the_commit(start_service: StartServic
         await until(terminated, "the commit")
         appended = await task
     assert await read_checked(service, session_id) == appended.events
+
+
+@pytest.mark.parametrize("before", [1, 2], ids=["in two round trips", "in one"])
+async def test_the_database_crashes_in_the_middle_of_the_commit(
+    start_service: StartService, directory: Path, before: int
+) -> None:
+    """A server that says goodbye with a warning, as in a crash, leaves nobody in doubt once it is back."""
+    account = postgres_account()
+    assert account is not None
+    data = DataDirectory(directory / "data", account)
+    cluster = Cluster(data)
+    cluster.start()
+    try:
+        schema.migrate(cluster.url)
+        service = start_service(cluster.url)
+        session_id = await new_session(service)
+        for _ in range(before):
+            await append(service, session_id, NewEvent(type="before"))
+        async with await psycopg.AsyncConnection.connect(cluster.url, autocommit=True) as connection:
+            await connection.execute(_SLOW_FIRST_COMMIT)
+            task = asyncio.create_task(append(service, session_id, NewEvent(type="a")))
+
+            async def is_committing() -> bool:
+                cursor = await connection.execute("SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+                return await cursor.fetchone() is not None
+
+            await until(is_committing, "the commit")
+        os.kill(int((data.cluster / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+        await until_stopped(cluster)
+        await asyncio.to_thread(cluster.start, "collab.quick=on")
+        appended = await task
+        assert not appended.replayed
+        assert [e.content.type for e in await read_checked(service, session_id)] == ["before"] * before + ["a"]
+    finally:
+        cluster.stop()
+        data.release()
+
+
+async def until_stopped(cluster: Cluster) -> None:
+    """Wait until no PostgreSQL runs there any more."""
+
+    async def has_stopped() -> bool:
+        return not cluster.is_running()
+
+    await until(has_stopped, "the end of PostgreSQL")
 
 
 async def test_a_commit_that_gave_up_waiting_for_a_standby_is_unknown(
