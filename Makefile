@@ -5,7 +5,7 @@ OUT ?= .
 PROTOS := $(wildcard protos/collab_service/v1/*.proto)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-long check format bench bench-large generate lock
+.PHONY: help install run test test-long torture check format bench bench-large generate lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: install ## Run the tests, on several cores (under five minutes)
 
 test-long: install ## Run what takes longer: whole traces, a million events, the built wheel
 	$(BIN)/python -m pytest -m long
+
+torture: install ## Make faults at random for MINUTES=5 and check every promise; SEED=n begins with a known one
+	$(BIN)/python -m tests.torture --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output $(OUTPUT))
 
 check: install ## Check formatting, lint, types, layers, protos, generated code and migrations
 	@bash .ci/check

@@ -4,7 +4,8 @@ import asyncio
 import ssl
 from typing import Self
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+from tests.http2 import PREFACE
+
 _FRAME_HEAD = 9
 _DATA, _HEADERS = 0, 1
 
@@ -39,6 +40,7 @@ class TcpProxy:
         self._passing.set()
         self._loses_answer = False
         self._bytes_left: int | None = None
+        self._seconds_per_byte = 0.0
 
     @property
     def address(self) -> str:
@@ -71,6 +73,10 @@ class TcpProxy:
     def release(self) -> None:
         """Pass on what was held back, and all that follows."""
         self._passing.set()
+
+    def throttle(self, bytes_per_second: float) -> None:
+        """Pass on so much and no more in each direction of a connection; `math.inf` is as fast as it can."""
+        self._seconds_per_byte = 1 / bytes_per_second
 
     def lose_answer(self) -> None:
         """Lose the next connection on which the server answers a call, which is carried out and never answered."""
@@ -129,12 +135,13 @@ class TcpProxy:
                 writer.close()
 
     async def _pass_requests(self, client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
-        to_server.write(await client.readexactly(len(_PREFACE)))
+        to_server.write(await client.readexactly(len(PREFACE)))
         while True:
             kind, frame = await _frame(client)
             self.calls += kind == _HEADERS
             to_server.write(frame)
             await to_server.drain()
+            await self._take_time(frame)
 
     async def _pass_answers(self, server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         while True:
@@ -153,6 +160,11 @@ class TcpProxy:
                 self._bytes_left -= len(frame)
             to_client.write(frame)
             await to_client.drain()
+            await self._take_time(frame)
+
+    async def _take_time(self, frame: bytes) -> None:
+        if self._seconds_per_byte:
+            await asyncio.sleep(len(frame) * self._seconds_per_byte)
 
 
 async def _frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:

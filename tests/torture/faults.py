@@ -1,16 +1,20 @@
 """What goes wrong: each fault is made for real, lasts for a moment, and heals."""
 
 import asyncio
+import math
 import os
 import random
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import psycopg
 from msgspec import Struct
 
+from collab_service.v1 import collab_service_pb2 as pb
 from tests.cli.test_workers import is_running
+from tests.http2 import EMPTY_SETTINGS, PREFACE, FollowConnection
 from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS
 from tests.torture.ground import WORKERS, Ground
 from tests.torture.history import Fault, History
@@ -19,6 +23,9 @@ from tests.waiting import until
 _BUSY_BACKENDS = """
 SELECT pid FROM pg_stat_activity
 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND state <> 'idle' AND query ILIKE ANY (%s)
+"""
+_END_SERVICE = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'collab-service'
 """
 _WRITING = ["COMMIT%", "%INSERT INTO collab_events%", "%FOR UPDATE%"]
 _LOOKS = 300
@@ -190,6 +197,95 @@ async def half_close(field: Field) -> str:
     return ""
 
 
+async def throttle_clients(field: Field) -> str:
+    """Let through a few kilobytes a second of what clients and service say to each other."""
+    field.ground.clients.throttle(20_000)
+    try:
+        await _pause(field, 0.5, 2.0)
+    finally:
+        field.ground.clients.throttle(math.inf)
+    return ""
+
+
+async def send_garbage(field: Field) -> str:
+    """Connect and send what is no HTTP/2, or begins like it, and vanish."""
+    host, _, port = field.ground.service.address.rpartition(":")
+    for _ in range(20):
+        begin = field.random.choice((b"", PREFACE, PREFACE + EMPTY_SETTINGS, b"POST / HTTP/1.1\r\n"))
+        with suppress(OSError):  # the service may be away
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(begin + field.random.randbytes(field.random.randrange(2_000)))
+            await _pause(field, 0.0, 0.05)
+            writer.transport.abort()
+    return ""
+
+
+async def stall_readers(field: Field) -> str:
+    """Follow every session from its beginning, take next to nothing of it, and vanish."""
+    connections = []
+    try:
+        for session in field.sessions:
+            connection = await FollowConnection.open(
+                field.ground.service.address, lambda stream, message: None, window=1_000, answer_pings=False
+            )
+            connections.append(connection)
+            for _ in range(10):
+                connection.follow(pb.ListEventsRequest(session_id=session, follow=True))
+        await _pause(field, 0.5, 2.0)
+    except OSError as error:
+        return str(error)
+    finally:
+        for connection in connections:
+            connection.transport.abort()
+    return f"{len(connections)} connections"
+
+
+async def jump_clock(field: Field) -> str:
+    """Set the service's clock an hour ahead, or back, for a while."""
+    seconds = field.random.choice((3_600, -3_600, 5, -5))
+    field.ground.service.set_clock(seconds)
+    try:
+        await _pause(field, 0.5, 2.0)
+    finally:
+        field.ground.service.set_clock(0)
+    return f"{seconds} s"
+
+
+async def exhaust_connections(field: Field) -> str:
+    """End all of the service's connections to PostgreSQL, and take every one that there may be, for a moment."""
+    taken: list[psycopg.AsyncConnection[Any]] = []
+    url = field.ground.postgres.url
+    try:
+        taken.append(await psycopg.AsyncConnection.connect(url, autocommit=True))
+        await taken[0].execute(_END_SERVICE)
+        with suppress(psycopg.OperationalError):  # there is none left
+            while True:
+                taken.append(await psycopg.AsyncConnection.connect(url))
+        await _pause(field, 0.5, 1.5)
+    finally:
+        for connection in taken:
+            await connection.close()
+    return f"{len(taken)} taken"
+
+
+async def fill_disk(field: Field) -> str:
+    """Fill PostgreSQL's file system for a moment; should PostgreSQL give up, start it again."""
+    disk = field.ground.postgres.disk
+    if disk is None:
+        return "there is no file system of its own"
+    filler = disk / "filler"
+    try:
+        with suppress(OSError), filler.open("wb", buffering=0) as file:  # there is no space left
+            while True:
+                file.write(bytes(1 << 20))
+        await _pause(field, 0.5, 2.0)
+    finally:
+        size = filler.stat().st_size
+        filler.unlink()
+    await field.ground.postgres.start_if_stopped()
+    return f"{size >> 20} MB"
+
+
 async def hold_row(field: Field) -> str:
     """Lock a session's row for 2 s, as somebody with a psql may."""
     session = field.random.choice(field.sessions)
@@ -203,10 +299,10 @@ async def hold_row(field: Field) -> str:
 SERVICE = (kill_worker, kill_workers, kill_parent, stop_service, freeze_worker)
 DATABASE = (
     stop_postgres_fast, stop_postgres_immediately, kill_postgres, terminate_backends, freeze_backend,
-    lose_commit, lose_statement, delay_statement,
+    lose_commit, lose_statement, delay_statement, exhaust_connections, fill_disk,
 )  # fmt: skip
-CLIENTS = (cut_clients, lose_answer, delay_answers, half_close)
-ROWS = (hold_row,)
+CLIENTS = (cut_clients, lose_answer, delay_answers, half_close, throttle_clients, send_garbage, stall_readers)
+ROWS = (hold_row, jump_clock)
 _PLACES: Sequence[Sequence[Make]] = (SERVICE, DATABASE, CLIENTS, ROWS)
 """In each place there is one fault at a time; several places may have one at once."""
 

@@ -4,9 +4,10 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from collab_service.storage import schema
@@ -19,6 +20,10 @@ from tests.tcp import TcpProxy
 from tests.waiting import until
 
 WORKERS = 2
+_CLOCK = Path(__file__).parent / "clock"
+"""Where the clock is that jumps."""
+_DISK_MB = 500
+_MAX_CONNECTIONS = 60
 _PATIENCE = 60.0
 """Seconds for anything to come back."""
 _COMMIT_MICROSECONDS = 2_000
@@ -67,6 +72,8 @@ class Service:
         """Prepare; `start` starts it."""
         self._database_url = database_url
         self._directory = directory
+        self._clock = directory / "clock"
+        self.set_clock(0)
         self._process: ServeProcess | None = None
         self._past: list[ServeProcess] = []
         self.address = "127.0.0.1:0"
@@ -87,7 +94,8 @@ class Service:
 
         async def serves() -> bool:
             arguments = ("--workers", str(WORKERS), "--database-url", self._database_url)
-            process = ServeProcess(*arguments, cwd=self._directory, grpc_address=self.address)
+            clock = {"PYTHONPATH": str(_CLOCK), "TORTURE_CLOCK": str(self._clock)}
+            process = ServeProcess(*arguments, cwd=self._directory, grpc_address=self.address, **clock)
             try:
                 await asyncio.to_thread(process.wait_for, "serving")
             except AssertionError:
@@ -100,6 +108,10 @@ class Service:
         if self._process is not None:
             self._past.append(self._process)
         await until(serves, "the start of the service", _PATIENCE)
+
+    def set_clock(self, seconds: float) -> None:
+        """Let the clock of its processes be so many seconds ahead of the true one, or behind."""
+        self._clock.write_text(f"{seconds * 1e9:<31.0f}")
 
     async def kill_parent(self) -> None:
         """Kill the process that watches the workers, and wait until they have noticed and ended."""
@@ -153,8 +165,14 @@ def _end(process: ServeProcess) -> None:
 class Postgres:
     """The PostgreSQL of a run, which can be stopped in all the ways in which one stops."""
 
-    def __init__(self, directory: Path) -> None:
-        """Make it and start it."""
+    def __init__(self, directory: Path, disk: Path | None) -> None:
+        """Make it and start it.
+
+        Args:
+            directory: Of the data.
+            disk: The file system that it is on, if that is one of its own, which may be filled.
+        """
+        self.disk = disk
         account = postgres_account()
         assert account is not None
         self._data = DataDirectory(directory, account)
@@ -171,6 +189,11 @@ class Postgres:
     def pid(self) -> int:
         """The postmaster's pid."""
         return int((self._data.cluster / "postmaster.pid").read_text().split()[0])
+
+    async def start_if_stopped(self) -> None:
+        """Start it again, should it have given up."""
+        if not self._cluster.is_running():
+            await asyncio.to_thread(self._start)
 
     async def restart(self, how: signal.Signals) -> None:
         """End it by a signal to the postmaster, SIGKILL also to all its children; then start it again."""
@@ -196,7 +219,10 @@ class Postgres:
         self._data.release()
 
     def _start(self) -> None:
-        self._cluster.start(f"commit_delay={_COMMIT_MICROSECONDS}", "commit_siblings=0", "max_connections=100")
+        self._cluster.start(
+            f"commit_delay={_COMMIT_MICROSECONDS}", "commit_siblings=0", f"max_connections={_MAX_CONNECTIONS}",
+            "min_wal_size=32MB", "max_wal_size=64MB",
+        )  # fmt: skip
 
 
 class Ground:
@@ -216,11 +242,34 @@ def _new_directory() -> Path:
     return directory
 
 
+@contextmanager
+def _small_disk(place: Path) -> Iterator[Path | None]:
+    """Mount a small file system there, where that is allowed; None where it is not."""
+    place.mkdir(mode=0o711)
+    options = f"size={_DISK_MB}m,mode=0711"
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, check=False)
+    if mount.returncode:
+        yield None
+    else:
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
 @asynccontextmanager
 async def ground() -> AsyncIterator[Ground]:
     """Make everything, and take it away in the end."""
     directory = _new_directory()
-    postgres = await asyncio.to_thread(Postgres, directory / "data")
+    with _small_disk(directory / "disk") as disk:
+        async with _ground(directory, disk) as place:
+            yield place
+    shutil.rmtree(directory)
+
+
+@asynccontextmanager
+async def _ground(directory: Path, disk: Path | None) -> AsyncIterator[Ground]:
+    postgres = await asyncio.to_thread(Postgres, directory / "disk" / "data", disk)
     try:
         async with DatabaseWire(postgres.url) as wire:
             service = Service(wire.url, directory)
@@ -232,4 +281,3 @@ async def ground() -> AsyncIterator[Ground]:
                 await service.kill()
     finally:
         await asyncio.to_thread(postgres.close)
-        shutil.rmtree(directory)

@@ -7,13 +7,15 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import psycopg
-from msgspec import Struct
+from msgspec import Struct, field
 
 from collab_service.client import CollabClient, Event, SessionNotFound
 from tests.torture.checker import Log, Violation, unlike, violations
@@ -55,6 +57,44 @@ _RUNS = re.compile("x{10,}")
 W = TypeVar("W", bound=Writer)
 
 
+class Totals(Struct):
+    """What came of all rounds, for a document."""
+
+    seeds: Sequence[int]
+    seconds: float = 0.0
+    """In which faults were made, or were healing."""
+    faults: Counter[str] = field(default_factory=Counter)
+    """By kind."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """Appends by outcome."""
+    events_stored: int = 0
+    events_read: int = 0
+    """By readers and followers, while faults were made."""
+    violations: Counter[str] = field(default_factory=Counter)
+    """By kind; `lost` are acknowledged events that are not there."""
+
+    def add(self, result: "Result") -> None:
+        """Count a round."""
+        self.seconds += result.history.now()
+        self.faults += result.faults
+        self.calls += result.outcomes
+        self.events_stored += result.events
+        self.events_read += result.events_read
+        self.violations += Counter(violation.kind for violation in result.found)
+
+    def text(self) -> str:
+        """Say it in a few lines."""
+        return "\n".join(
+            (
+                f"{self.seconds / 60:.1f} minutes, seeds {self.seeds[0]} to {self.seeds[-1]}",
+                f"faults survived: {self.faults.total()} ({_counted(self.faults)})",
+                f"calls checked: {self.calls.total()} ({_counted(self.calls)})",
+                f"events stored: {self.events_stored}; read meanwhile by readers and followers: {self.events_read}",
+                f"events lost: {self.violations['lost']}; promises not kept: {self.violations.total()}",
+            )
+        )
+
+
 class Result(Struct):
     """What came of a round."""
 
@@ -64,17 +104,28 @@ class Result(Struct):
     events: int
     """Events stored in the end, in all sessions that were not deleted."""
 
+    @property
+    def faults(self) -> Counter[str]:
+        """How many there were of each kind."""
+        return Counter(entry.kind for entry in self.history.entries if isinstance(entry, Fault))
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many appends had each outcome."""
+        return Counter(call.outcome for call in self.history.appends())
+
+    @property
+    def events_read(self) -> int:
+        """How many events readers and followers were sent."""
+        return sum(len(entry.events) for entry in self.history.entries if isinstance(entry, Page))
+
     def text(self) -> str:
         """Say it in a few lines."""
-        appends = list(self.history.appends())
-        outcomes = Counter[str](call.outcome for call in appends)
-        reasons = Counter(call.reason for call in appends if call.reason)
-        faults = Counter(entry.kind for entry in self.history.entries if isinstance(entry, Fault))
-        pages = sum(isinstance(entry, Page) for entry in self.history.entries)
+        reasons = Counter(call.reason for call in self.history.appends() if call.reason)
         lines = [
-            f"seed {self.history.seed}: {self.history.now():.0f} s, {len(appends)} appends "
-            f"({_counted(outcomes)}), {self.events} events stored, {pages} messages read",
-            f"  faults: {_counted(faults)}",
+            f"seed {self.history.seed}: {self.history.now():.0f} s, {self.outcomes.total()} appends "
+            f"({_counted(self.outcomes)}), {self.events} events stored, {self.events_read} read",
+            f"  faults: {_counted(self.faults)}",
             f"  reasons: {_counted(reasons)}",
         ]
         lines += [f"  the log of the service has: {oddity}" for oddity in self.oddities]
@@ -211,20 +262,16 @@ def _counted(counter: Counter[str]) -> str:
     return ", ".join(f"{number} {name}" for name, number in sorted(counter.items())) or "none"
 
 
-async def torture(seeds: Sequence[int], seconds: float) -> list[Result]:
-    """Make a round for each seed, one after the other, on one ground; stop after the first that finds a violation."""
-    results = []
+async def torture(seeds: Sequence[int], seconds: float) -> AsyncGenerator[Result, None]:
+    """Make a round for each seed, one after the other, on one ground."""
     async with ground() as place:
         for seed in seeds:
             history = History(seed)
             try:
-                results.append(await play(place, history, seconds))
+                yield await play(place, history, seconds)
             except BaseException:
                 print(f"seed {seed} was broken off; its history is in {_kept(history)}", file=sys.stderr)
                 raise
-            if results[-1].found:
-                break
-    return results
 
 
 def keep(result: Result) -> str:
@@ -246,14 +293,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make torture", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=None, help="of the first round; the others count up")
+    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="where to write the totals as JSON")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(1_000_000)
     seconds = 60 * options.minutes
     rounds = max(1, round(seconds / ROUND))
-    failed = False
-    for result in asyncio.run(torture(range(seed, seed + rounds), seconds / rounds)):
-        print(result.text(), flush=True)
-        if result.found:
-            failed = True
-            print(keep(result), file=sys.stderr)
-    return int(failed)
+    totals = Totals(range(seed, seed + rounds))
+
+    async def run() -> None:
+        async with aclosing(torture(totals.seeds, seconds / rounds)) as results:
+            async for result in results:
+                print(result.text(), flush=True)
+                totals.add(result)
+                if result.found:
+                    print(keep(result), file=sys.stderr)
+
+    asyncio.run(run())
+    print(totals.text())
+    if options.output is not None:
+        options.output.write_bytes(msgspec.json.format(msgspec.json.encode(totals)) + b"\n")
+    return int(bool(totals.violations))
