@@ -20,10 +20,11 @@ from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
-from tests.bench import growth, live, load, postgres, streams, web
+from tests.bench import growth, live, load, overload, postgres, streams, web
 from tests.bench.echo import serving_echo
 from tests.bench.percentiles import REPEATS, medians_in_turn
 from tests.bench.report import Report, machine
+from tests.bench.servers import serving
 from tests.bench.writers import write
 from tests.memory import most_resident_kilobytes, resident_kilobytes
 from tests.processes import GatewayProcess, ServeProcess
@@ -48,6 +49,7 @@ IDLE, IDLE_CONNECTIONS, IDLE_KB_FLOOR = 2_000, 20, 35.0
 PAUSED_MB_FLOOR = 20
 WEB_FLOOR, WEB_EVENTS = 0.5, 200_000
 MEMORY_FLOOR_MB = 200
+OVERLOAD_FLOOR, OVERLOAD_AFTER_FLOOR, OVERLOAD_MB_FLOOR = 0.7, 0.85, 400
 
 
 class Bench:
@@ -273,6 +275,33 @@ class Bench:
         p50, p99 = (statistics.median(values) for values in zip(*delays, strict=True))
         self.report.tell(f"from POST to server-sent event, {RATE} events/s, p50 / p99", in_ms(p50, p99))
 
+    def overload(self) -> None:
+        """A hundred times as many callers as keep a server busy, each of which comes back as soon as it may."""
+        self.report.section(
+            f"Batches of {overload.BATCH} from {overload.MANY:,} callers instead of {overload.FEW}, on one session, "
+            f"medians of {REPEATS} runs in turn"
+        )
+        refused: list[overload.Outcome] = []
+        with serving(self.cluster, self.directory, "overload") as server:
+
+            def few() -> float:
+                return overload.run(server.address, session, callers=overload.FEW, seconds=4).stored
+
+            def many() -> float:
+                refused.append(overload.run(server.address, session, callers=overload.MANY, seconds=8))
+                return refused[-1].stored
+
+            [session] = server.new_sessions(1)
+            before, under, after = medians_in_turn(few, many, few)
+            most = most_resident_kilobytes(server.pid) / 1024
+        self.tell_rate(f"{overload.FEW} callers, events", before)
+        self.tell_rate(f"{overload.MANY:,} callers / {overload.FEW}", under, reference=before, floor=OVERLOAD_FLOOR)
+        self.tell_rate("afterwards / before", after, reference=before, floor=OVERLOAD_AFTER_FLOOR)
+        rate, delay = (statistics.median(values) for values in list(zip(*refused, strict=True))[1:])
+        self.report.tell("refused meanwhile, and within (p99)", f"{rate:,.0f}/s, {delay:.0f} ms")
+        self.report.tell("the server's resident memory, at most", f"{most:.0f} MB", f"<= {OVERLOAD_MB_FLOOR} MB",
+                         most <= OVERLOAD_MB_FLOOR)  # fmt: skip
+
     def memory(self) -> None:
         """What the servers have needed for all of it."""
         self.report.section("Memory")
@@ -336,6 +365,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "live": Bench.live,
     "web": Bench.web,
     "memory": Bench.memory,
+    "overload": Bench.overload,
 }
 
 

@@ -2,9 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import grpc
+import psycopg
+import pytest
 
+from collab_service.model import QueueLimits
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.memory import resident_kilobytes
@@ -15,14 +19,18 @@ from tests.waiting import until
 _APPEND = "/collab_service.v1.CollabService/AppendEvent"
 _LARGE = 1024 * 1024
 _CALLERS = 200
+_MOST_OF_A_SESSION = QueueLimits().session_requests
 _GROWTH_MB = 350
 """Without a bound, it is a gigabyte here; the process keeps some of what it has once had."""
 
 
+def _call(channel: grpc.aio.Channel) -> "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]":
+    return channel.unary_unary(_APPEND)
+
+
 async def _append(channel: grpc.aio.Channel, request: bytes) -> pb.AppendEventResponse | Failure:
-    call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_APPEND)
     try:
-        return pb.AppendEventResponse.FromString(await call(request, timeout=TIMEOUT))
+        return pb.AppendEventResponse.FromString(await _call(channel)(request, timeout=TIMEOUT))
     except grpc.aio.AioRpcError as error:
         return Failure(error)
 
@@ -62,6 +70,41 @@ async def test_more_than_there_is_memory_for(server: ServeProcess, stub: CollabS
     assert [event.server_seq for event in events(stub, session_id)] == sorted(stored)
     assert growth < _GROWTH_MB
     append(stub, session_id)
+
+
+async def test_a_database_that_stands_still(
+    server: ServeProcess, stub: CollabServiceStub, server_database_url: str
+) -> None:
+    """What waits is bounded and the rest is refused at once; deadlines hold in the queue; then everything goes on."""
+    session_id, other = new_session(stub), new_session(stub)
+    append(stub, session_id)
+    request = pb.AppendEventRequest(session_id=session_id, event=pb.NewEvent(type="flood")).SerializeToString()
+    late = pb.AppendEventRequest(session_id=other, event=pb.NewEvent(type="late")).SerializeToString()
+    patient = pb.AppendEventRequest(session_id=other, event=pb.NewEvent(type="patient")).SerializeToString()
+    async with AsyncExitStack() as stack:
+        connection = await stack.enter_async_context(await psycopg.AsyncConnection.connect(server_database_url))
+        await connection.execute("LOCK TABLE collab_events IN ACCESS EXCLUSIVE MODE")
+        channels = [await stack.enter_async_context(_channel(server.grpc_address)) for _ in range(2)]
+        flood = [asyncio.create_task(_append(channels[n % 2], request)) for n in range(_MOST_OF_A_SESSION + 600)]
+
+        async def are_refused() -> bool:
+            return sum(task.done() for task in flood) >= 400
+
+        await until(are_refused, "refusals while the database stands still")
+        refused = [task.result() for task in flood if task.done()]
+        assert {outcome.reason for outcome in refused if isinstance(outcome, Failure)} == {"OVERLOADED"}
+        assert all(isinstance(outcome, Failure) for outcome in refused)
+        # One session's flood leaves room for the others.
+        waiting = asyncio.create_task(_append(channels[0], patient))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _call(channels[0])(late, timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await connection.rollback()
+        outcomes = await asyncio.gather(*flood)
+        assert isinstance(await waiting, pb.AppendEventResponse)
+    stored = sum(isinstance(outcome, pb.AppendEventResponse) for outcome in outcomes)
+    assert len(events(stub, session_id)) == 1 + stored
+    assert [event.type for event in events(stub, other)] == ["patient"]
 
 
 async def test_requests_that_never_come(server: ServeProcess, stub: CollabServiceStub) -> None:

@@ -1,6 +1,9 @@
 """`make torture`, or `python -m tests.torture --minutes N --seed S`."""
 
+import os
 import sys
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # grpc says a word for each connection that it loses
 
 from tests.torture.run import main
 
