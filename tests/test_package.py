@@ -1,6 +1,7 @@
 """The package: what is public stays as it is, and the built wheel works alone in an empty environment."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import venv
@@ -237,3 +238,12 @@ def test_the_wheel_with_its_own_postgres(
         with ServeProcess("--data-dir", str(directory / "data"), cwd=directory) as server:
             write_and_read(server)
             assert server.stop() == 0
+
+
+def test_the_tests_that_guarantees_name() -> None:
+    """`docs/guarantees.md` names tests that there are."""
+    root = Path(__file__).parent.parent
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (root / "docs" / "guarantees.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test or 'test_'}" in (root / file).read_text(), f"{file} has no {test}"

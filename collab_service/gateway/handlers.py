@@ -26,13 +26,13 @@ from collab_service.gateway.forms import (
     SessionsQuery,
 )
 from collab_service.gateway.requests import (
+    Bodies,
     events_of,
     id_of,
     idempotency_key_of,
     list_of,
     object_of,
     query_of,
-    read_body,
     user_id_of,
 )
 from collab_service.gateway.streams import FOLLOWS, Followers, array, begun, lines
@@ -46,12 +46,13 @@ class Handlers:
     def __init__(self, client: CollabClient, followers: Followers, max_body_bytes: int) -> None:
         self._client = client
         self._followers = followers
-        self._max_body_bytes = max_body_bytes
+        self._bodies = Bodies(max_body_bytes)
 
     async def create_session(self, request: Request) -> Response:
         """Create a session, or return the one that has the room."""
         query_of(request, NoQuery)
-        body = object_of(await self._body(request), SessionBody)
+        async with self._bodies.of(request) as text:
+            body = object_of(text, SessionBody)
         session, created = await self._client.create_session(
             language_id=body.language_id, owner_id=body.owner_id, room=body.room
         )
@@ -110,22 +111,24 @@ class Handlers:
     async def append_event(self, request: Request) -> Response:
         """Append an event."""
         query_of(request, NoQuery)
-        body = object_of(await self._body(request), SessionEventBody)
-        (event,) = events_of([body], idempotency_key_of(request), in_batch=False)
-        stored, replayed = await self._client.append(
-            body.session_id, event, expected_last_server_seq=body.expected_last_server_seq, auto_key=False
-        )
+        async with self._bodies.of(request) as text:
+            body = object_of(text, SessionEventBody)
+            (event,) = events_of([body], idempotency_key_of(request), in_batch=False)
+            stored, replayed = await self._client.append(
+                body.session_id, event, expected_last_server_seq=body.expected_last_server_seq, auto_key=False
+            )
         return _json(event_form(stored), HTTPStatus.OK if replayed else HTTPStatus.CREATED)
 
     async def append_batch(self, request: Request) -> Response:
         """Append events as neighbours, all or none."""
         session_id = id_of(request)
         query = query_of(request, BatchQuery)
-        body = list_of(await self._body(request), EventBody)
-        events = events_of(body, idempotency_key_of(request), in_batch=True)
-        stored = await self._client.append_batch(
-            session_id, events, expected_last_server_seq=query.expected_last_server_seq, auto_key=False
-        )
+        async with self._bodies.of(request) as text:
+            body = list_of(text, EventBody)
+            events = events_of(body, idempotency_key_of(request), in_batch=True)
+            stored = await self._client.append_batch(
+                session_id, events, expected_last_server_seq=query.expected_last_server_seq, auto_key=False
+            )
         answer = BatchAnswer(stored.first_server_seq, stored.last_server_seq, iso_time(stored.created_at))
         return _json(answer, HTTPStatus.OK if stored.replayed else HTTPStatus.CREATED)
 
@@ -153,9 +156,6 @@ class Handlers:
         async with aclosing(pages):
             async for page in pages:
                 yield map(form, page.events)
-
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self._max_body_bytes)
 
 
 def _last_event_id(request: Request) -> int | None:

@@ -3,7 +3,8 @@
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -20,6 +21,10 @@ from collab_service.model.payload import json_object_problem
 F = TypeVar("F", bound=Struct)
 E = TypeVar("E", bound=EventBody)
 
+_MOST_TOGETHER = 32 * 1024 * 1024
+"""Bytes of bodies that are held at once. Taken apart, a body takes several times its size."""
+_SMALL = 64 * 1024
+"""Bytes of a body that always finds room, so that nobody is kept out by a few large ones that are slow to come."""
 _MOST_EVENTS = 20_000
 """Events in a batch, whatever the service takes (1,000, unless configured): millions of empty ones fit into a body, and
 would keep this process busy for half a minute only to be refused."""
@@ -30,12 +35,40 @@ _WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """Return the body of a request.
+class Bodies:
+    """Reads the bodies of requests, and bounds what those that are being carried out hold together."""
 
-    Raises:
-        RequestError: It is no JSON by its content type, is larger than `most` bytes, or is not UTF-8.
-    """
+    def __init__(self, most: int) -> None:
+        """Take bodies of at most so many bytes."""
+        self._most = most
+        self._held = 0
+
+    @asynccontextmanager
+    async def of(self, request: Request) -> AsyncIterator[bytes]:
+        """Read the body of a request, and hold it for the length of the block.
+
+        Raises:
+            RequestError: It is no JSON by its content type, is too large or not UTF-8, or there is no room for it now.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if held + size > _SMALL and self._held + size > _MOST_TOGETHER and self._held > held:
+                # The connection ends: of a body that there is no room for, nothing more is to come.
+                headers = {"retry-after": "1", "connection": "close"}
+                what = "the bodies of other requests leave no room for this one"
+                raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "OVERLOADED", what, headers=headers)
+            held += size
+            self._held += size
+
+        try:
+            yield await _read_body(request, self._most, hold)
+        finally:
+            self._held -= held
+
+
+async def _read_body(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     charset = parameters.strip().lower()
     # Also when there is none: a page of somebody else's could then post here from a browser without being asked.
@@ -53,6 +86,7 @@ async def read_body(request: Request, most: int) -> bytes:
             size += len(part)
             if size > most:
                 break
+            hold(len(part))
             parts.append(part)
     if size > most:
         raise RequestError(

@@ -104,6 +104,25 @@ async def _feed(connection: Connection) -> None:
         await asyncio.sleep(0.2)  # which is the attack
 
 
+async def test_bodies_that_there_is_no_room_for(attacked: ServeProcess, http: httpx.Client) -> None:
+    """Of large bodies that come at once some are told OVERLOADED; what they hold is bounded, and small ones get in."""
+    session_id = new_session(http)
+    head = f"POST /api/collab/sessions/{session_id}/events HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    begun = f"{head}content-length: {8 * 1024 * 1024}\r\n\r\n".encode() + b" " * (7 * 1024 * 1024)
+    async with AsyncExitStack() as stack:
+        many = [await stack.enter_async_context(connected(attacked.http_address)) for _ in range(8)]
+        asked = [asyncio.create_task(connection.ask(begun)) for connection in many]
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+        answer = done.pop().result()
+        assert (answer.status, json.loads(await answer.body())["code"]) == (429, "OVERLOADED")
+        assert answer.headers["retry-after"] == "1"
+        append(http, session_id)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+    assert append(http, session_id)["serverSeq"] == 2
+
+
 async def test_too_many_connections(attacked: ServeProcess, http: httpx.Client) -> None:
     """Whoever is idle for longest makes room, so a client that works is served however many do nothing."""
     async with AsyncExitStack() as stack:
