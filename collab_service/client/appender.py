@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -53,6 +54,8 @@ _WAITING_BYTES = 16 * 1024 * 1024
 """Bytes of events that wait to be sent; further ones wait as their callers gave them."""
 _EVENT_BYTES = 128
 """What an event weighs besides its payload, roughly."""
+_ALONE = 10.0
+"""Seconds for a batch that is sent in a call of its own."""
 _TICK = 0.1
 """Seconds between looks for callers whose time is up."""
 
@@ -460,6 +463,8 @@ class Appender:
                     await self._converse()
                 except ServiceError as error:
                     await asyncio.sleep(self._after(error))
+                    if _is_grpcs_own(error) and self._unanswered:
+                        await self._send_first_alone()
         finally:
             if self._ticking is not None:
                 self._ticking.cancel()
@@ -489,6 +494,29 @@ class Appender:
         finally:
             sender.cancel()
             call.cancel()
+
+    async def _send_first_alone(self) -> None:
+        """Find out in a call of its own what becomes of the first batch.
+
+        Where a stream ends in the middle of sending a message, such as one that is too large, grpc hides the reason.
+        """
+        batch = self._unanswered[0]
+        self._unsent = deque(islice(self._unanswered, 1, None))
+        batch.mark(sent=True)
+        try:
+            with rpc_errors(writes=True):
+                response = await self._stub.AppendEvents(
+                    batch.message.request, metadata=call_metadata(), timeout=_ALONE
+                )
+        except TooLarge as error:
+            self._let_go_of(batch)
+            self._refused(batch, error)
+            self._go_on_with(batch.line)
+        except ServiceError:
+            pass  # the next stream will tell
+        else:
+            number = batch.message.request_number
+            self._answered(pb.AppendStreamResponse(request_number=number, response=response))
 
     async def _send(self, call: "_Call") -> None:
         # Whatever ends the stream is told to its reader.
@@ -565,8 +593,12 @@ def _messages_of(events: Sequence[NewEvent], *, in_batch: bool) -> Sequence[pb.N
 
 def _may_pass(error: ServiceError) -> bool:
     """Tell whether another stream may fare better."""
-    # grpc's own INTERNAL is what it makes of some connections that are lost.
-    return error.is_retryable or (isinstance(error, InternalError) and not error.reason)
+    return error.is_retryable or _is_grpcs_own(error)
+
+
+def _is_grpcs_own(error: ServiceError) -> bool:
+    """Tell whether it is what grpc makes of some connections that are lost, and streams that have ended."""
+    return isinstance(error, InternalError) and not error.reason
 
 
 _TOO_LATE = "the service did not answer in time"
