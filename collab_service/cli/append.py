@@ -15,7 +15,7 @@ from collab_service.cli.failure import CommandError, ExitStatus, status_of
 from collab_service.cli.line_reader import LineReader
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, print_json, progress, rate, say
-from collab_service.client import DEFAULT_TARGET, CollabClient, InvalidRequest, NewEvent, ServiceError
+from collab_service.client import DEFAULT_TARGET, AppendedBatch, CollabClient, InvalidRequest, NewEvent, ServiceError
 from collab_service.client.json_form import line_form
 from collab_service.model.payload import json_object_problem
 
@@ -185,19 +185,25 @@ class _Pipe:
             number, _ = events[place]
             await self._store(events[:place], number - 1)
             raise CommandError(f"line {number:,}{problem}", status_of(error)) from error
-        finally:  # on Ctrl-C, too, so that it can be said what is stored
-            await asyncio.wait((storing,), timeout=_LAST_WAIT)
-            if not storing.done():
-                self._is_in_doubt = True
-                storing.cancel()
-            elif (failure := storing.exception()) is not None:
-                self._is_in_doubt = isinstance(failure, ServiceError) and failure.side_effects == "unknown"
-            else:
-                stored = storing.result()
-                self._events += len(events)
-                self._first = self._first or stored.first_server_seq
-                self._last = stored.last_server_seq
-                self._lines = through
+        finally:  # on Ctrl-C, too, whenever it comes, so that it can be said what is stored
+            try:
+                if not storing.done():
+                    await asyncio.wait((storing,), timeout=_LAST_WAIT)
+            finally:
+                self._take_note(storing, len(events), through)
+
+    def _take_note(self, storing: "asyncio.Task[AppendedBatch]", count: int, through: int) -> None:
+        if not storing.done():
+            self._is_in_doubt = True
+            storing.cancel()
+        elif (failure := storing.exception()) is not None:
+            self._is_in_doubt = isinstance(failure, ServiceError) and failure.side_effects == "unknown"
+        else:
+            stored = storing.result()
+            self._events += count
+            self._first = self._first or stored.first_server_seq
+            self._last = stored.last_server_seq
+            self._lines = through
 
     def _cut_short(self, error: BaseException) -> CommandError:
         """Return the error that says what went wrong, how much is stored, and how to go on."""

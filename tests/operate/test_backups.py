@@ -120,6 +120,7 @@ async def test_a_dump(cluster: Cluster, database_url: str, directory: Path) -> N
         connection.execute("DROP DATABASE collab_restored")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("heading", ["The database of `collab serve`: a base backup", "The same: a dump"])
 async def test_the_embedded_database(cluster: Cluster, directory: Path, heading: str) -> None:
     """Backed up while the service runs, and restored into a new data directory."""
