@@ -7,6 +7,7 @@ import signal
 import subprocess
 import termios
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -73,6 +74,13 @@ class Terminal:
     def interrupt(self) -> None:
         """Press Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
+
+    def interrupt_until_it_ends(self) -> None:
+        """Press Ctrl-C as a person does where nothing happens: Python can miss one just before it waits for a line."""
+        while self.process.poll() is None:
+            self.interrupt()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
 
     def end(self) -> tuple[int, str]:
         """Wait for its end; return its status and everything that was shown, without escape sequences."""

@@ -93,8 +93,13 @@ async def test_the_primary_is_killed(pair: tuple[Postgres, Postgres], directory:
             for follower in followers:
                 follower.cancel()
         for session_id in sessions:
-            verified = collab("verify", str(session_id), "--target", server.grpc_address)
-            assert verified.returncode == 0, verified.stdout + verified.stderr
+
+            async def verifies(of: int = session_id) -> bool:  # once health has noticed that the database is back
+                return (
+                    await asyncio.to_thread(collab, "verify", str(of), "--target", server.grpc_address)
+                ).returncode == 0
+
+            await until(verifies, "verify")
         assert server.stop() == 0
 
 
