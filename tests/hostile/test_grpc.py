@@ -134,6 +134,7 @@ async def test_floods(attacked: ServeProcess, stub: CollabServiceStub, frame: by
         assert resident_kilobytes(attacked.process.pid) - before < 30_000
 
 
+@pytest.mark.long
 async def test_a_connection_that_says_nothing(attacked: ServeProcess) -> None:
     """It has 10 s to become one of HTTP/2."""
     async with connected(attacked.grpc_address) as silent, connected(attacked.grpc_address) as half:

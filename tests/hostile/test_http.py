@@ -81,6 +81,7 @@ async def test_arbitrary_bytes(attacked: ServeProcess, attacked_database_url: st
     append(http, new_session(http))
 
 
+@pytest.mark.long
 async def test_slow_requests(attacked: ServeProcess, http: httpx.Client) -> None:
     """A head that comes a byte at a time has 10 s, also where the connection has served; silence ends the same way."""
     async with connected(attacked.http_address) as slow, connected(attacked.http_address) as silent:
