@@ -13,7 +13,7 @@ import grpc
 
 _REQUESTS = 256
 """Requests that may be received at once, however small they usually are."""
-_PATIENCE = 2.0
+_PATIENCE = 5.0
 """Seconds after which a request that has not come in full gives up its place to another."""
 
 

@@ -139,6 +139,10 @@ def test_what_is_no_recording(tmp_path: Path, content: bytes | dict[str, Any], w
     assert "\n" not in str(caught.value)
 
 
+with_recordings = pytest.mark.skipif(not TRACES.exists(), reason="the recordings lie beside the repository, not in it")
+
+
+@with_recordings
 def test_the_concurrent_recording_is_refused(server: ServeProcess) -> None:
     """The recording without an order of its own is refused with the reason, before anything is written."""
     result = collab("replay", str(TRACES / "clownschool_concurrent.json.gz"), "--target", server.grpc_address)
@@ -147,6 +151,7 @@ def test_the_concurrent_recording_is_refused(server: ServeProcess) -> None:
 
 
 @pytest.mark.long
+@with_recordings
 @pytest.mark.parametrize(
     ("name", "transactions", "code_points"),
     [
