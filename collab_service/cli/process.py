@@ -6,12 +6,14 @@ import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from collab_service import __version__
 from collab_service.addresses import join_address, split_address
+from collab_service.cli.files import connections_that_fit
 from collab_service.config import Config
 from collab_service.gateway.server import GatewayConfig, GatewayServer
 from collab_service.metrics import GatewayMetrics, Metrics, ServiceMetrics
@@ -46,6 +48,7 @@ async def run_server(
     Returns:
         The exit status: 1 when a part of the server has died.
     """
+    config = replace(config, max_connections=connections_that_fit(config.max_connections, config.database_pool_size))
     life = _Life(stop, config.shutdown_grace)
     server = Server(config, url, metrics=ServiceMetrics(metrics), on_death=life.died)
     gateway_metrics = GatewayMetrics(metrics)
@@ -78,6 +81,7 @@ async def run_gateway(config: GatewayConfig, grace: float) -> int:
         config: The settings.
         grace: Seconds that requests in progress get to finish.
     """
+    config = replace(config, max_connections=connections_that_fit(config.max_connections))
     life = _Life(stop_event(), grace)
     gateway = GatewayServer(config, metrics=GatewayMetrics(Metrics()), on_death=life.died)
 

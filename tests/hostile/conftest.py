@@ -1,15 +1,19 @@
 """A server of its own that takes few connections, and what must hold of it whatever is sent."""
 
+import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from tests.gateway.wire import Connection
 from tests.processes import ServeProcess
 
 CONNECTIONS = 20
 """What `attacked` takes at each port."""
+_PATIENCE = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +42,15 @@ def stored(database_url: str) -> tuple[int, int]:
         ).fetchone()
     assert row is not None
     return row
+
+
+async def last_words(connection: Connection, sent: bytes) -> bytes:
+    """Send bytes and nothing more, and return all that is said until the connection ends, or is cut."""
+    said = b""
+    with suppress(OSError):
+        connection.writer.write(sent)
+        connection.writer.write_eof()
+        async with asyncio.timeout(_PATIENCE):
+            while part := await connection.reader.read(65_536):
+                said += part
+    return said

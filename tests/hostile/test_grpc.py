@@ -13,7 +13,7 @@ import pytest
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.gateway.wire import connected
-from tests.hostile.conftest import CONNECTIONS, stored
+from tests.hostile.conftest import CONNECTIONS, last_words, stored
 from tests.http2 import FollowConnection
 from tests.memory import resident_kilobytes
 from tests.processes import ServeProcess
@@ -104,15 +104,7 @@ def _stream_call(channel: grpc.Channel, data: bytes) -> grpc.RpcError | None:
 async def test_wrong_frames(attacked: ServeProcess, stub: CollabServiceStub, sent: bytes) -> None:
     """The connection, or the stream, ends; other connections do not notice."""
     async with connected(attacked.grpc_address) as connection:
-        connection.writer.write(sent)
-        with suppress(OSError):  # the server may have closed it by now
-            connection.writer.write_eof()
-        async with asyncio.timeout(_PATIENCE):
-            try:
-                while await connection.reader.read(65_536):
-                    pass
-            except ConnectionError:
-                pass
+        await last_words(connection, sent)
     append(stub, new_session(stub))
 
 
@@ -178,7 +170,7 @@ async def test_stalled_readers_of_large_events(attacked: ServeProcess, stub: Col
         connections.append(connection)
         for _ in range(40):
             connection.follow(pb.ListEventsRequest(session_id=session_id, follow=number % 2 == 0))
-    attacked_for = asyncio.get_running_loop().time() + 8
+    attacked_for = asyncio.get_running_loop().time() + 5
     while asyncio.get_running_loop().time() < attacked_for:
         await asyncio.to_thread(append, stub, session_id)
         assert resident_kilobytes(attacked.process.pid) - before < 400 * 1024

@@ -11,7 +11,7 @@ import pytest
 
 from tests.gateway.calls import append, new_session, open_http
 from tests.gateway.wire import Connection, connected, request_bytes
-from tests.hostile.conftest import CONNECTIONS, stored
+from tests.hostile.conftest import CONNECTIONS, last_words, stored
 from tests.processes import ServeProcess
 
 _POST = b"POST /api/collab/sessions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -73,9 +73,7 @@ async def test_arbitrary_bytes(attacked: ServeProcess, attacked_database_url: st
         for _ in range(3):
             sent[noise.randrange(len(sent))] = noise.randrange(256)
         async with connected(attacked.http_address) as connection:
-            connection.writer.write(bytes(sent))
-            connection.writer.write_eof()
-            said = await asyncio.wait_for(connection.reader.read(), 15)
+            said = await last_words(connection, bytes(sent))
             assert said == b"" or said.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), (bytes(sent), said)
     assert stored(attacked_database_url) == before
     append(http, new_session(http))
