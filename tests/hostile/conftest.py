@@ -47,10 +47,10 @@ def stored(database_url: str) -> tuple[int, int]:
 async def last_words(connection: Connection, sent: bytes) -> bytes:
     """Send bytes and nothing more, and return all that is said until the connection ends, or is cut."""
     said = b""
-    with suppress(OSError):
-        connection.writer.write(sent)
-        connection.writer.write_eof()
-        async with asyncio.timeout(_PATIENCE):
+    async with asyncio.timeout(_PATIENCE):
+        with suppress(OSError):  # inside, since a timeout is one, too
+            connection.writer.write(sent)
+            connection.writer.write_eof()
             while part := await connection.reader.read(65_536):
                 said += part
     return said
