@@ -5,7 +5,7 @@ import os
 import random
 import struct
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
