@@ -55,10 +55,8 @@ class Bodies:
         def hold(size: int) -> None:
             nonlocal held
             if held + size > _SMALL and self._held + size > _MOST_TOGETHER and self._held > held:
-                # The connection ends: of a body that there is no room for, nothing more is to come.
-                headers = {"retry-after": "1", "connection": "close"}
                 what = "the bodies of other requests leave no room for this one"
-                raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "OVERLOADED", what, headers=headers)
+                raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "OVERLOADED", what, headers={"retry-after": "1"})
             held += size
             self._held += size
 
