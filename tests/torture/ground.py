@@ -111,7 +111,12 @@ class Service:
 
     def set_clock(self, seconds: float) -> None:
         """Let the clock of its processes be so many seconds ahead of the true one, or behind."""
-        self._clock.write_text(f"{seconds * 1e9:<31.0f}")
+        # Written over in place: whoever reads meanwhile must not find an empty file.
+        file = os.open(self._clock, os.O_WRONLY | os.O_CREAT)
+        try:
+            os.pwrite(file, f"{seconds * 1e9:<31.0f}".encode(), 0)
+        finally:
+            os.close(file)
 
     async def kill_parent(self) -> None:
         """Kill the process that watches the workers, and wait until they have noticed and ended."""

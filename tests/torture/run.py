@@ -298,7 +298,7 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.randrange(1_000_000)
     seconds = 60 * options.minutes
     rounds = max(1, round(seconds / ROUND))
-    totals = Totals(range(seed, seed + rounds))
+    totals = Totals(list(range(seed, seed + rounds)))
 
     async def run() -> None:
         async with aclosing(torture(totals.seeds, seconds / rounds)) as results:
