@@ -16,7 +16,7 @@ from collab_service.v1 import collab_service_pb2 as pb
 from tests.cli.test_workers import is_running
 from tests.http2 import EMPTY_SETTINGS, PREFACE, FollowConnection
 from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS
-from tests.torture.ground import WORKERS, Ground
+from tests.torture.ground import WORKERS, ClientWire, Ground
 from tests.torture.history import Fault, History
 from tests.waiting import until
 
@@ -46,6 +46,10 @@ Make = Callable[[Field], Awaitable[str]]
 """Makes a fault and heals it; returns what may be of interest about it."""
 
 
+class Missed(Exception):
+    """There was nothing to damage at that moment."""
+
+
 async def _pause(field: Field, least: float, most: float) -> None:
     """Let a fault last."""
     await asyncio.sleep(field.random.uniform(least, most))
@@ -53,16 +57,15 @@ async def _pause(field: Field, least: float, most: float) -> None:
 
 async def kill_worker(field: Field) -> str:
     """SIGKILL one worker; its parent starts another."""
-    workers = field.ground.service.workers
-    if workers:
-        os.kill(field.random.choice(workers), signal.SIGKILL)
+    workers = _workers(field)
+    os.kill(field.random.choice(workers), signal.SIGKILL)
     await _pause(field, 0.1, 0.5)
     return f"of {len(workers)}"
 
 
 async def kill_workers(field: Field) -> str:
     """SIGKILL all workers."""
-    workers = field.ground.service.workers
+    workers = _workers(field)
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     await _pause(field, 0.1, 0.5)
@@ -85,9 +88,8 @@ async def stop_service(field: Field) -> str:
 
 async def freeze_worker(field: Field) -> str:
     """SIGSTOP one worker for 1 to 3 s."""
-    workers = field.ground.service.workers
-    if workers:
-        await _frozen(field, field.random.choice(workers), 1.0, 3.0)
+    workers = _workers(field)
+    await _frozen(field, field.random.choice(workers), 1.0, 3.0)
     return f"of {len(workers)}"
 
 
@@ -121,6 +123,8 @@ async def terminate_backends(field: Field) -> str:
             ended += cursor.rowcount
             if ended >= 3:
                 break
+    if not ended:
+        raise Missed(f"none of {query}")
     return f"{ended} of {query}"
 
 
@@ -132,7 +136,7 @@ async def freeze_backend(field: Field) -> str:
             if row is not None:
                 await _frozen(field, row[0], 0.2, 2.0)
                 return "one"
-    return "none"
+    raise Missed("none was writing")
 
 
 async def lose_commit(field: Field) -> str:
@@ -151,10 +155,8 @@ async def delay_statement(field: Field) -> str:
     before = wire.cuts
     wire.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
     try:
-        await until(_cut(field, before), "the cut", 1.5)
+        await _soon(lambda: wire.cuts > before, "nothing was inserted")
         await _pause(field, 0.0, 0.05)
-    except AssertionError:
-        return "there was none"
     finally:
         wire.heal()
     return ""
@@ -162,7 +164,7 @@ async def delay_statement(field: Field) -> str:
 
 async def cut_clients(field: Field) -> str:
     """Cut all connections of the clients behind the wire, and accept none for a moment."""
-    clients = field.ground.clients
+    clients = _clients(field)
     clients.refuse()
     clients.cut()
     try:
@@ -174,14 +176,16 @@ async def cut_clients(field: Field) -> str:
 
 async def lose_answer(field: Field) -> str:
     """Cut a client's connection as the service answers a call that it has carried out."""
-    field.ground.clients.lose_answer()
-    await _pause(field, 0.1, 0.3)
+    clients = field.ground.clients
+    before = clients.cuts
+    clients.lose_answer()
+    await _soon(lambda: clients.cuts > before, "nothing was answered")
     return ""
 
 
 async def delay_answers(field: Field) -> str:
     """Hold back for a while what the service says to the clients behind the wire."""
-    clients = field.ground.clients
+    clients = _clients(field)
     clients.hold()
     try:
         await _pause(field, 0.2, 2.0)
@@ -192,24 +196,27 @@ async def delay_answers(field: Field) -> str:
 
 async def half_close(field: Field) -> str:
     """Close the clients' connections towards the service only."""
-    field.ground.clients.half_close()
+    _clients(field).half_close()
     await _pause(field, 0.1, 0.3)
     return ""
 
 
 async def throttle_clients(field: Field) -> str:
     """Let through a few kilobytes a second of what clients and service say to each other."""
-    field.ground.clients.throttle(20_000)
+    clients = _clients(field)
+    clients.throttle(20_000)
     try:
         await _pause(field, 0.5, 2.0)
     finally:
-        field.ground.clients.throttle(math.inf)
+        clients.throttle(math.inf)
     return ""
 
 
 async def send_garbage(field: Field) -> str:
     """Connect and send what is no HTTP/2, or begins like it, and vanish."""
     host, _, port = field.ground.service.address.rpartition(":")
+    await _serves(field)
+    sent = 0
     for _ in range(20):
         begin = field.random.choice((b"", PREFACE, PREFACE + EMPTY_SETTINGS, b"POST / HTTP/1.1\r\n"))
         with suppress(OSError):  # the service may be away
@@ -217,12 +224,14 @@ async def send_garbage(field: Field) -> str:
             writer.write(begin + field.random.randbytes(field.random.randrange(2_000)))
             await _pause(field, 0.0, 0.05)
             writer.transport.abort()
-    return ""
+            sent += 1
+    return f"{sent} times"
 
 
 async def stall_readers(field: Field) -> str:
     """Follow every session from its beginning, take next to nothing of it, and vanish."""
     connections = []
+    await _serves(field)
     try:
         for session in field.sessions:
             connection = await FollowConnection.open(
@@ -233,7 +242,7 @@ async def stall_readers(field: Field) -> str:
                 connection.follow(pb.ListEventsRequest(session_id=session, follow=True))
         await _pause(field, 0.5, 2.0)
     except OSError as error:
-        return str(error)
+        raise Missed(str(error)) from error
     finally:
         for connection in connections:
             connection.transport.abort()
@@ -272,7 +281,7 @@ async def fill_disk(field: Field) -> str:
     """Fill PostgreSQL's file system for a moment; should PostgreSQL give up, start it again."""
     disk = field.ground.postgres.disk
     if disk is None:
-        return "there is no file system of its own"
+        raise Missed("there is no file system of its own")
     filler = disk / "filler"
     try:
         with suppress(OSError), filler.open("wb", buffering=0) as file:  # there is no space left
@@ -343,6 +352,9 @@ class Faults:
             self._history.entries.append(fault)
             try:
                 fault.note = await make(self._field)
+                fault.hit = True
+            except Missed as error:
+                fault.note = str(error)
             except (psycopg.Error, ProcessLookupError) as error:  # another fault was there first
                 fault.note = f"{type(error).__name__}: {error}".partition("\n")[0]
             fault.ended = self._history.now()
@@ -360,6 +372,49 @@ async def healed(ground: Ground) -> None:
     await until(all_run, "the return of the workers", _HEALING)
 
 
+def _workers(field: Field) -> Sequence[int]:
+    workers = field.ground.service.workers
+    if not workers:
+        raise Missed("no worker runs")
+    return workers
+
+
+def _clients(field: Field) -> ClientWire:
+    if not field.ground.clients.is_connected():
+        raise Missed("no client is connected")
+    return field.ground.clients
+
+
+async def _soon(holds: Callable[[], bool], otherwise: str, seconds: float = 1.5) -> None:
+    """Wait for a moment that may not come."""
+
+    async def has_come() -> bool:
+        return holds()
+
+    try:
+        await until(has_come, otherwise, seconds)
+    except AssertionError as error:
+        raise Missed(otherwise) from error
+
+
+async def _serves(field: Field) -> None:
+    """Wait until the service accepts connections."""
+    host, _, port = field.ground.service.address.rpartition(":")
+
+    async def accepts() -> bool:
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    try:
+        await until(accepts, "a connection", 5.0)
+    except AssertionError as error:
+        raise Missed("the service is away") from error
+
+
 async def _frozen(field: Field, pid: int, least: float, most: float) -> None:
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -375,16 +430,7 @@ async def _cut_once(field: Field, word: bytes, *, from_server: bool) -> str:
     before = wire.cuts
     (wire.cut_before_server_says if from_server else wire.cut_before_client_says)(word)
     try:
-        await until(_cut(field, before), "the cut", 1.5)
-    except AssertionError:
-        return "there was none"
+        await _soon(lambda: wire.cuts > before, "nothing of the kind was said")
     finally:
         wire.heal()
     return word.decode(errors="replace").strip("\0")
-
-
-def _cut(field: Field, before: int) -> Callable[[], Awaitable[bool]]:
-    async def has_cut() -> bool:
-        return field.ground.wire.cuts > before
-
-    return has_cut

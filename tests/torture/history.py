@@ -101,6 +101,8 @@ class Fault(Struct, tag=True):
     begun: float
     ended: float | None = None
     note: str = ""
+    hit: bool = False
+    """Whether it found something to damage at its moment, and did."""
 
 
 Entry = Append | Delete | Opened | Page | Closed | Fault

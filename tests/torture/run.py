@@ -64,7 +64,9 @@ class Totals(Struct):
     seconds: float = 0.0
     """In which faults were made, or were healing."""
     faults: Counter[str] = field(default_factory=Counter)
-    """By kind."""
+    """By kind, without those that found nothing to damage."""
+    faults_missed: int = 0
+    """Those that found nothing."""
     calls: Counter[str] = field(default_factory=Counter)
     """Appends by outcome."""
     events_stored: int = 0
@@ -77,6 +79,7 @@ class Totals(Struct):
         """Count a round."""
         self.seconds += result.history.now()
         self.faults += result.faults
+        self.faults_missed += result.faults_missed
         self.calls += result.outcomes
         self.events_stored += result.events
         self.events_read += result.events_read
@@ -87,7 +90,8 @@ class Totals(Struct):
         return "\n".join(
             (
                 f"{self.seconds / 60:.1f} minutes, seeds {self.seeds[0]} to {self.seeds[-1]}",
-                f"faults survived: {self.faults.total()} ({_counted(self.faults)})",
+                f"faults survived: {self.faults.total()} ({_counted(self.faults)}); "
+                f"{self.faults_missed} more found nothing to damage",
                 f"calls checked: {self.calls.total()} ({_counted(self.calls)})",
                 f"events stored: {self.events_stored}; read meanwhile by readers and followers: {self.events_read}",
                 f"events lost: {self.violations['lost']}; promises not kept: {self.violations.total()}",
@@ -106,8 +110,17 @@ class Result(Struct):
 
     @property
     def faults(self) -> Counter[str]:
-        """How many there were of each kind."""
-        return Counter(entry.kind for entry in self.history.entries if isinstance(entry, Fault))
+        """How many of each kind have damaged something."""
+        return Counter(fault.kind for fault in self._faults if fault.hit)
+
+    @property
+    def faults_missed(self) -> int:
+        """How many found nothing to damage."""
+        return sum(not fault.hit for fault in self._faults)
+
+    @property
+    def _faults(self) -> Sequence[Fault]:
+        return [entry for entry in self.history.entries if isinstance(entry, Fault)]
 
     @property
     def outcomes(self) -> Counter[str]:
