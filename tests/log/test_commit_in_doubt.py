@@ -3,7 +3,8 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -229,13 +230,7 @@ async def test_the_database_crashes_in_the_middle_of_the_commit(
     start_service: StartService, directory: Path, before: int
 ) -> None:
     """A server that says goodbye with a warning, as in a crash, leaves nobody in doubt once it is back."""
-    account = postgres_account()
-    assert account is not None
-    data = DataDirectory(directory / "data", account)
-    cluster = Cluster(data)
-    cluster.start()
-    try:
-        schema.migrate(cluster.url)
+    with own_cluster(directory) as (cluster, data):
         service = start_service(cluster.url)
         session_id = await new_session(service)
         for _ in range(before):
@@ -255,6 +250,19 @@ async def test_the_database_crashes_in_the_middle_of_the_commit(
         appended = await task
         assert not appended.replayed
         assert [e.content.type for e in await read_checked(service, session_id)] == ["before"] * before + ["a"]
+
+
+@contextmanager
+def own_cluster(directory: Path) -> Iterator[tuple[Cluster, DataDirectory]]:
+    """Run a PostgreSQL of the test's own, with our schema."""
+    account = postgres_account()
+    assert account is not None
+    data = DataDirectory(directory / "data", account)
+    cluster = Cluster(data)
+    cluster.start()
+    try:
+        schema.migrate(cluster.url)
+        yield cluster, data
     finally:
         cluster.stop()
         data.release()
@@ -273,13 +281,7 @@ async def test_a_commit_that_gave_up_waiting_for_a_standby_is_unknown(
     start_service: StartService, directory: Path
 ) -> None:
     """Committed here but perhaps nowhere else is not acknowledged: a fail-over could lose it."""
-    account = postgres_account()
-    assert account is not None
-    data = DataDirectory(directory / "data", account)
-    cluster = Cluster(data)
-    cluster.start()
-    try:
-        schema.migrate(cluster.url)
+    with own_cluster(directory) as (cluster, _):
         service = start_service(cluster.url)
         session_id = await new_session(service)
         async with await psycopg.AsyncConnection.connect(cluster.url, autocommit=True) as connection:
@@ -307,6 +309,3 @@ async def test_a_commit_that_gave_up_waiting_for_a_standby_is_unknown(
                 await task
             await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await connection.execute("SELECT pg_reload_conf()")
-    finally:
-        cluster.stop()
-        data.release()
