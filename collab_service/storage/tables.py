@@ -77,7 +77,7 @@ events = Table(
     Column("idempotency_key", Text),
     Column("created_at", Microseconds, nullable=False),
     Column("chain_hash", LargeBinary, nullable=False),
-    # The message up to its payload, made by the insert. None where an older version of the service has inserted, or
+    # The message up to its payload, made for the insert. None where an older version of the service has inserted, or
     # somebody has changed the row (a trigger sees to that).
     Column("envelope", LargeBinary),
     PrimaryKeyConstraint("session_id", "server_seq", name="collab_events_pkey"),

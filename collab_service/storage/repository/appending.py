@@ -25,7 +25,7 @@ from collab_service.storage.binary import (
 )
 from collab_service.storage.pipeline import Command, PipelineConnection, Statement
 from collab_service.storage.repository.rows import CONTENT_COLUMNS, EVENT_COLUMNS, event_from_row
-from collab_service.storage.repository.wire import with_envelopes
+from collab_service.storage.repository.wire import envelope, sql_with_id
 
 BEGIN = Command(Statement(b"begin", b"BEGIN"))
 COMMIT = Command(Statement(b"commit", b"COMMIT"))
@@ -88,18 +88,20 @@ _COLUMNS = (
     ("created_at", TIMESTAMPTZ_ARRAY),
     ("chain_hash", BYTEA_ARRAY),
     *((column.name, column.array_type) for column in CONTENT_COLUMNS),
+    ("envelope", BYTEA_ARRAY),
 )
 _COLUMN_NAMES = ", ".join(name for name, _ in _COLUMNS)
+_WITH_ID = _COLUMN_NAMES.replace("envelope", sql_with_id("envelope", "id"))
 _COLUMN_TYPES = tuple(oid for _, oid in _COLUMNS)
 _COLUMN_PARAMETERS = ", ".join(f"${n}" for n in range(1, 1 + len(_COLUMNS)))
 _MORE = tuple(f"${n}" for n in range(1 + len(_COLUMNS), 3 + len(_COLUMNS)))
 
-_INSERT_INTO = f"INSERT INTO collab_events ({', '.join(EVENT_COLUMNS)}, envelope)"
-
-_NEW = f"SELECT * FROM unnest({_COLUMN_PARAMETERS}, {_MORE[0]}) AS new ({_COLUMN_NAMES}, id)"
 _INSERT = Statement(
     b"insert",
-    f"{_INSERT_INTO} {with_envelopes(_NEW)}".encode(),
+    f"""
+    INSERT INTO collab_events ({_COLUMN_NAMES}, id)
+    SELECT * FROM unnest({_COLUMN_PARAMETERS}, {_MORE[0]})
+    """.encode(),
     (*_COLUMN_TYPES, INT8_ARRAY),
 )
 
@@ -107,10 +109,6 @@ _INSERT = Statement(
 # when a session is gone, held by somebody else, or has another head. Its snapshot is older than its locks, so a head
 # may have moved in between; but then the numbers are taken, and the primary key refuses them. The ids are taken from
 # the sequence while the locks are held, here as well.
-_NEW_IF_LOCKED = f"""
-    SELECT *, nextval('collab_events_id_seq') AS id FROM unnest({_COLUMN_PARAMETERS}) AS new ({_COLUMN_NAMES})
-    WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
-"""
 _INSERT_BEHIND_HEADS = Statement(
     b"insert_behind_heads",
     f"""
@@ -124,7 +122,13 @@ _INSERT_BEHIND_HEADS = Statement(
         )
         FOR UPDATE OF s SKIP LOCKED
     ), inserted AS (
-        {_INSERT_INTO} {with_envelopes(_NEW_IF_LOCKED)}
+        INSERT INTO collab_events ({_COLUMN_NAMES}, id)
+        SELECT {_WITH_ID}, id
+        FROM (
+            SELECT *, nextval('collab_events_id_seq') AS id
+            FROM unnest({_COLUMN_PARAMETERS}) AS given ({_COLUMN_NAMES})
+            WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
+        ) AS new
         RETURNING session_id, server_seq, id
     )
     SELECT array_agg(id ORDER BY session_id, server_seq) FROM inserted
@@ -312,6 +316,7 @@ def _columns(events: Sequence[Event]) -> list[bytes]:
         timestamptz_array([event.created_at for event in events]),
         bytea_array([event.chain_hash for event in events]),
         *(column.pack(list(map(column.value, contents))) for column in CONTENT_COLUMNS),
+        bytea_array(list(map(envelope, events))),
     ]
 
 

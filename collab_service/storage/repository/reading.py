@@ -9,13 +9,16 @@ from msgspec.structs import asdict
 from collab_service.model import Event
 from collab_service.storage.database import DriverConnection
 from collab_service.storage.repository.rows import EVENT_COLUMNS, event_from_row
-from collab_service.storage.repository.wire import SIZE, list_sql
+from collab_service.storage.repository.wire import message
 
 _HEADS = """
 SELECT s.id,
     coalesce((SELECT server_seq FROM collab_events WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1), 0)
 FROM collab_sessions s WHERE s.id = ANY(%s) AND s.deleted_at IS NULL
 """
+
+_SIZE = "coalesce(octet_length(payload_json), octet_length(payload_binary))"
+_PAYLOAD = "coalesce(convert_to(payload_json, 'UTF8'), payload_binary)"
 
 # A page is bounded by a count and by bytes, before anything is fetched: the lengths stand in the rows, so that no large
 # payload is read for them. Only where they are too much in all are they summed up one by one. The first event comes
@@ -28,7 +31,7 @@ _BOUNDED = """
     ORDER BY server_seq
 """
 _PAGE = f"""
-WITH sizes AS MATERIALIZED (SELECT server_seq, {SIZE} AS size {_BOUNDED} LIMIT %(count)s)
+WITH sizes AS MATERIALIZED (SELECT server_seq, {_SIZE} AS size {_BOUNDED} LIMIT %(count)s)
 SELECT {{columns}} {_BOUNDED} LIMIT (
     SELECT CASE WHEN sum(size) <= %(max_bytes)s THEN count(*) ELSE (
         SELECT greatest(1, count(*) FILTER (WHERE total <= %(max_bytes)s))
@@ -40,9 +43,13 @@ SELECT {{columns}} {_BOUNDED} LIMIT (
 _TYPES = "AND type = ANY(%(types)s)"
 _PAGE_OF_ALL = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types="")
 _PAGE_OF_TYPES = _PAGE.format(columns=", ".join(EVENT_COLUMNS), types=_TYPES)
-_WITH_ENVELOPE = ", ".join((*EVENT_COLUMNS, "envelope"))
-_ENCODED_PAGE_OF_ALL = list_sql(_PAGE.format(columns=_WITH_ENVELOPE, types=""))
-_ENCODED_PAGE_OF_TYPES = list_sql(_PAGE.format(columns=_WITH_ENVELOPE, types=_TYPES))
+# Rows that an older version wrote, or that somebody has changed by hand, have no envelope.
+_ENCODED = f"""
+SELECT string_agg(envelope || {_PAYLOAD}, '' ORDER BY server_seq), count(*), max(server_seq), count(envelope)
+FROM ({_PAGE.format(columns="server_seq, envelope, payload_json, payload_binary", types="{types}")}) AS page
+"""
+_ENCODED_PAGE_OF_ALL = _ENCODED.format(types="")
+_ENCODED_PAGE_OF_TYPES = _ENCODED.format(types=_TYPES)
 
 
 class PageBounds(Struct, frozen=True):
@@ -91,5 +98,10 @@ async def read_encoded_page(connection: DriverConnection, bounds: PageBounds) ->
     cursor = connection.cursor(binary=True)
     statement = _ENCODED_PAGE_OF_TYPES if bounds.types else _ENCODED_PAGE_OF_ALL
     await cursor.execute(statement, bounds.parameters(), prepare=True)
-    row = await cursor.fetchone()
-    return None if row is None or row[0] is None else EncodedEvents(*row)
+    ((data, count, last_server_seq, envelopes),) = await cursor.fetchall()
+    if not count:
+        return None
+    if envelopes == count:
+        return EncodedEvents(data, count, last_server_seq)
+    events = await read_page(connection, bounds)
+    return EncodedEvents(b"".join(map(message, events)), len(events), events[-1].server_seq) if events else None

@@ -1,130 +1,121 @@
-"""Events as protobuf messages, made by PostgreSQL.
+"""Events as protobuf messages, made once.
 
 A list of events has nothing to decide about them. So each row has an envelope: the bytes of its message, as `Event` in
-the protos and https://protobuf.dev/programming-guides/encoding/ describe them, up to the payload, which is the last
-field and is not stored twice. A page of a list is envelopes and payloads, one after the other: PostgreSQL joins them in
-0.7 µs an event, where making them of the columns takes 3, and turning the rows into Python objects and those into
-messages 5.
+the protos and https://protobuf.dev/programming-guides/encoding/ describe them, up to the payload, which comes last and
+is not stored twice. A page of a list is envelopes and payloads, one after the other: PostgreSQL joins them in 0.7 µs an
+event, where turning rows into Python objects and those into messages takes 5.
 
-The statement that inserts an event makes its envelope, of the columns and of nothing else. A row without one (written
-by a version of the service that did not have them) has it made when it is read.
-
-SQL is not good at numbers of varying length. But a varint may have more bytes than it needs, and one of a constant
-length is an integer whose bytes are groups of seven bits, the lowest first, all but the last with the high bit set.
+The envelope is made of what is written into the columns, when it is. The id may not be known until then; it stands at a
+fixed place and with a fixed length, so that the statement that takes it can put it there.
 """
 
-from collab_service.storage.repository.rows import EVENT_COLUMNS
+from collections.abc import Iterable
+from functools import lru_cache
+
+from collab_service.model import Event
 
 _VARINT, _LENGTH_DELIMITED = 0, 2
-_SHORT, _LONG = 4, 8
-"""Bytes of a varint that is made as an `int4` or as an `int8`; each holds seven bits."""
 
 
-def _varint(number: str, width: int, *, groups: int | None = None, goes_on: bool = False) -> str:
-    """Return SQL for a number as a varint of `width` bytes.
-
-    Args:
-        number: SQL for it: an `int4` or `int8`, for a width of four or eight, of 7 bits for each byte at most.
-        width: How many bytes.
-        groups: How many groups of seven bits it can have, if not as many as there are bytes.
-        goes_on: More bytes follow.
-    """
-    parts = []
-    for group in range(groups or width):
-        shift = 8 * (width - 1 - group) - 7 * group
-        bits = f"({number} & {127 << 7 * group})"
-        parts.append(f"({bits} << {shift})" if shift >= 0 else f"({bits} >> {-shift})")
-    high_bits = int.from_bytes(b"\x80" * (width - 1) + (b"\x80" if goes_on else b"\0"), signed=True)
-    return f"int{width}send({' | '.join(parts)} | ({high_bits}))"
+def _varint(number: int) -> bytes:
+    if number < 1 << 7:
+        return number.to_bytes(1)
+    groups = []
+    while number >> 7:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    groups.append(number)
+    return bytes(groups)
 
 
-def _number(number: str) -> str:
-    """Return SQL for an `int8` from 0 on as a varint: of four bytes, eight, or nine."""
-    ninth = f"substr(int8send({number} >> 56), 8, 1)"
-    return f"""
-    CASE WHEN {number} < {1 << 28} THEN {_varint(f"{number}::int4", _SHORT)}
-         WHEN {number} < {1 << 56} THEN {_varint(number, _LONG)}
-         ELSE {_varint(number, _LONG, goes_on=True)} || {ninth} END"""
+def _wide_varint(number: int, width: int) -> bytes:
+    """Return a varint of so many bytes, which may be more than the number needs."""
+    groups = [number >> 7 * group & 127 | 128 for group in range(width)]
+    groups[-1] &= 127
+    return bytes(groups)
 
 
-def _length(number: str) -> str:
-    """Return SQL for an `int4` below 2^28 as a varint: of two bytes, or four."""
-    two = f"int2send(((({number} & 127) << 8 | ({number} >> 7)) - 32768)::int2)"
-    return f"CASE WHEN {number} < {1 << 14} THEN {two} ELSE {_varint(number, _SHORT)} END"
+def _tags(kind: int, *fields: int) -> Iterable[bytes]:
+    return (_varint(field << 3 | kind) for field in fields)
 
 
-def _tag(field: int, kind: int) -> str:
-    return f"'\\x{field << 3 | kind:02x}'::bytea"
+(_EVENTS,) = _tags(_LENGTH_DELIMITED, 1)
+_ID, _SESSION_ID, _SERVER_SEQ, _CLIENT_SEQ = _tags(_VARINT, 1, 2, 3, 5)
+_ACTOR_ID, _TYPE, _JSON, _BINARY = _tags(_LENGTH_DELIMITED, 4, 6, 7, 8)
+_HASH, _SIGNATURE, _IDEMPOTENCY_KEY, _CREATE_TIME, _CHAIN_HASH = _tags(_LENGTH_DELIMITED, 9, 10, 11, 12, 13)
+_SECONDS, _NANOS = _tags(_VARINT, 1, 2)
+
+_LENGTH_BYTES = 4
+_ID_BYTES = 9
+_ID_AT = 1 + len(_EVENTS) + _LENGTH_BYTES + len(_ID)
+"""Where the id begins; in SQL the first byte is the first one."""
 
 
-def _bytes(field: int, value: str) -> str:
-    return f"{_tag(field, _LENGTH_DELIMITED)} || {_length(f'octet_length({value})')} || {value}"
+def envelope(event: Event) -> bytes:
+    """Return an event's bytes in a message with `repeated Event events = 1`, but for those of its payload."""
+    content = event.content
+    payload = content.payload
+    if isinstance(payload, str):
+        tag, size = _JSON, len(payload) if payload.isascii() else len(payload.encode())
+    else:
+        tag, size = _BINARY, len(payload)
+    fields = b"".join((
+        _ID, _NO_ID if event.id == 0 else _wide_varint(event.id, _ID_BYTES),
+        _SESSION_ID, _varint_seen(event.session_id),
+        _SERVER_SEQ, _varint(event.server_seq),
+        b"" if content.actor_id is None else _text_seen(_ACTOR_ID, content.actor_id),
+        b"" if content.client_seq is None else _CLIENT_SEQ + _varint(content.client_seq),
+        b"" if content.type is None else _text_seen(_TYPE, content.type),
+        b"" if content.hash is None else _text(_HASH, content.hash),
+        _bytes(_SIGNATURE, content.signature) if content.signature else b"",
+        b"" if content.idempotency_key is None else _text(_IDEMPOTENCY_KEY, content.idempotency_key),
+        _create_time(event.created_at),
+        _bytes(_CHAIN_HASH, event.chain_hash),
+        tag, _varint_seen(size),
+    ))  # fmt: skip
+    length = len(fields) + size
+    groups = length & 127 | (length & 127 << 7) << 1 | (length & 127 << 14) << 2 | (length & 127 << 21) << 3 | 0x808080
+    return _EVENTS + groups.to_bytes(_LENGTH_BYTES, "little") + fields
 
 
-def _text(field: int, column: str) -> str:
-    length = _length(f"octet_length({column})")
-    return f"{_tag(field, _LENGTH_DELIMITED)} || {length} || convert_to({column}, 'UTF8')"
+def message(event: Event) -> bytes:
+    """Return an event's bytes in a message with `repeated Event events = 1`."""
+    payload = event.content.payload
+    return envelope(event) + (payload.encode() if isinstance(payload, str) else payload)
 
 
-def _or_nothing(field: str) -> str:
-    return f"coalesce({field}, '')"
+def _bytes(tag: bytes, value: bytes) -> bytes:
+    return tag + _varint(len(value)) + value
 
 
-# The time is a message of two fields, each a tag and eight bytes.
-_MESSAGE_TO_PAYLOAD = " || ".join(
-    (
-        f"{_tag(1, _VARINT)} || {_number('id')}",
-        f"{_tag(2, _VARINT)} || {_number('session_id')}",
-        f"{_tag(3, _VARINT)} || {_number('server_seq')}",
-        _or_nothing(_text(4, "actor_id")),
-        _or_nothing(f"{_tag(5, _VARINT)} || ({_number('client_seq')})"),
-        _or_nothing(_text(6, "type")),
-        _or_nothing(_text(9, "hash")),
-        _or_nothing(_bytes(10, "signature")),
-        _or_nothing(_text(11, "idempotency_key")),
-        f"{_tag(12, _LENGTH_DELIMITED)} || '\\x12'::bytea",
-        f"{_tag(1, _VARINT)} || {_varint('(micros / 1000000)', _LONG, groups=5)}",
-        f"{_tag(2, _VARINT)} || {_varint('(mod(micros, 1000000) * 1000)', _LONG, groups=5)}",
-        f"{_tag(13, _LENGTH_DELIMITED)} || '\\x20'::bytea || chain_hash",
-        f"CASE WHEN payload_json IS NULL THEN {_tag(8, _LENGTH_DELIMITED)} ELSE {_tag(7, _LENGTH_DELIMITED)} END",
-        _length("size"),
+def _text(tag: bytes, value: str) -> bytes:
+    return _bytes(tag, value.encode())
+
+
+# What neighbours mostly have in common.
+_varint_seen = lru_cache(_varint)
+_text_seen = lru_cache(1024)(_text)
+
+
+@lru_cache(1)
+def _create_time(micros: int) -> bytes:
+    seconds, rest = divmod(micros, 1_000_000)
+    return _bytes(_CREATE_TIME, _SECONDS + _varint(seconds) + _NANOS + _varint(rest * 1_000))
+
+
+_NO_ID = _wide_varint(0, _ID_BYTES)
+
+
+def _sql_of_id(number: str) -> str:
+    """Return SQL for an `int8` from 0 on as a varint of `_ID_BYTES`: groups of seven bits, the lowest first."""
+    eight = " | ".join(
+        f"(({number} & {127 << 7 * group}) {'<<' if (shift := 56 - 15 * group) >= 0 else '>>'} {abs(shift)})"
+        for group in range(8)
     )
-)
-SIZE = "coalesce(octet_length(payload_json), octet_length(payload_binary))"
-"""SQL for the bytes of a row's payload."""
+    high_bits = int.from_bytes(b"\x80" * 8, signed=True)
+    return f"int8send({eight} | ({high_bits})) || substr(int8send({number} >> 56), 8, 1)"
 
 
-def with_envelopes(rows: str) -> str:
-    """Return SQL for rows of `EVENT_COLUMNS` and their envelope, made of them.
-
-    Args:
-        rows: SQL for rows with `EVENT_COLUMNS`.
-    """
-    # OFFSET 0 keeps what is computed in a step from being computed again wherever the next one mentions it.
-    # (A time as double precision is exact to the microsecond until the year 2255.)
-    columns = ", ".join(EVENT_COLUMNS)
-    return f"""
-    SELECT {columns}, {_tag(1, _LENGTH_DELIMITED)} || {_length("(octet_length(message) + size)")} || message AS envelope
-    FROM (
-        SELECT {columns}, size, {_MESSAGE_TO_PAYLOAD} AS message
-        FROM (
-            SELECT {columns}, {SIZE} AS size, round(date_part('epoch', created_at) * 1000000)::bigint AS micros
-            FROM ({rows}) AS plain OFFSET 0
-        ) AS measured OFFSET 0
-    ) AS begun
-    """
-
-
-def list_sql(rows: str) -> str:
-    """Return SQL for a row with events as `repeated Event events = 1`, their count, and the number of the last one.
-
-    Args:
-        rows: SQL for rows with `EVENT_COLUMNS` and `envelope`, in their order.
-    """
-    made = with_envelopes(f"SELECT {', '.join('page.' + name for name in EVENT_COLUMNS)}")
-    envelope = f"coalesce(page.envelope, (SELECT made.envelope FROM ({made}) AS made))"
-    payload = "coalesce(convert_to(payload_json, 'UTF8'), payload_binary)"
-    return f"""
-    SELECT string_agg({envelope} || {payload}, '' ORDER BY server_seq), count(*), max(server_seq)
-    FROM ({rows}) AS page
-    """
+def sql_with_id(envelope: str, number: str) -> str:
+    """Return SQL for an envelope that was made without an id, with this one."""
+    return f"overlay({envelope} PLACING {_sql_of_id(number)} FROM {_ID_AT})"
