@@ -40,13 +40,17 @@ _LOCK_SQL = b"SELECT id FROM collab_sessions WHERE id = ANY($1) AND deleted_at I
 _LOCK_WAITING = Statement(b"lock_waiting", _LOCK_SQL, (INT8_ARRAY,))
 _LOCK_FREE = Statement(b"lock_free", _LOCK_SQL + b" SKIP LOCKED", (INT8_ARRAY,))
 
+# Lookups by key are written as LATERAL subqueries that cannot be flattened (OFFSET 0), so that each is one descent into
+# an index whatever PostgreSQL believes of the tables. The plans are kept, and on a connection that was opened when the
+# tables were new, joins had been planned as scans of them, until the first ANALYZE.
+
 # The last event is the head. A session that exists but was not locked is held by somebody else.
 _HEADS = Statement(
     b"heads",
     b"""
     SELECT s.id, head.server_seq, head.created_at, head.chain_hash
     FROM unnest($1) AS given (id)
-    JOIN collab_sessions s ON s.id = given.id AND s.deleted_at IS NULL
+    CROSS JOIN LATERAL (SELECT id FROM collab_sessions WHERE id = given.id AND deleted_at IS NULL OFFSET 0) AS s
     LEFT JOIN LATERAL (
         SELECT server_seq, created_at, chain_hash FROM collab_events
         WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1
@@ -58,9 +62,12 @@ _HEADS = Statement(
 _KNOWN_KEYS = Statement(
     b"known_keys",
     b"""
-    SELECT e.session_id, e.idempotency_key, e.server_seq
+    SELECT given.session_id, given.idempotency_key, e.server_seq
     FROM unnest($1, $2) AS given (session_id, idempotency_key)
-    JOIN collab_events e USING (session_id, idempotency_key)
+    CROSS JOIN LATERAL (
+        SELECT server_seq FROM collab_events
+        WHERE session_id = given.session_id AND idempotency_key = given.idempotency_key OFFSET 0
+    ) AS e
     """,
     (INT8_ARRAY, TEXT_ARRAY),
 )
@@ -77,7 +84,10 @@ _STORED = Statement(
     f"""
     SELECT {", ".join("e." + name for name in EVENT_COLUMNS)}
     FROM unnest($1, $2, $3) AS given (session_id, first, last)
-    JOIN collab_events e ON e.session_id = given.session_id AND e.server_seq BETWEEN given.first AND given.last
+    CROSS JOIN LATERAL (
+        SELECT * FROM collab_events
+        WHERE session_id = given.session_id AND server_seq BETWEEN given.first AND given.last OFFSET 0
+    ) AS e
     """.encode(),
     (INT8_ARRAY, INT8_ARRAY, INT8_ARRAY),
 )
@@ -113,14 +123,7 @@ _INSERT_BEHIND_HEADS = Statement(
     b"insert_behind_heads",
     f"""
     WITH locked AS MATERIALIZED (
-        SELECT s.id
-        FROM unnest({_MORE[0]}, {_MORE[1]}) AS known (session_id, chain_hash)
-        JOIN collab_sessions s ON s.id = known.session_id AND s.deleted_at IS NULL
-        WHERE known.chain_hash = (
-            SELECT e.chain_hash FROM collab_events e
-            WHERE e.session_id = known.session_id ORDER BY e.server_seq DESC LIMIT 1
-        )
-        FOR UPDATE OF s SKIP LOCKED
+        SELECT id FROM collab_sessions WHERE id = ANY({_MORE[0]}) AND deleted_at IS NULL FOR UPDATE SKIP LOCKED
     ), inserted AS (
         INSERT INTO collab_events ({_COLUMN_NAMES}, id)
         SELECT {_WITH_ID}, id
@@ -128,6 +131,13 @@ _INSERT_BEHIND_HEADS = Statement(
             SELECT *, nextval('collab_events_id_seq') AS id
             FROM unnest({_COLUMN_PARAMETERS}) AS given ({_COLUMN_NAMES})
             WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
+              AND NOT EXISTS (
+                  SELECT FROM unnest({_MORE[0]}, {_MORE[1]}) AS known (session_id, chain_hash)
+                  WHERE known.chain_hash IS DISTINCT FROM (
+                      SELECT e.chain_hash FROM collab_events e
+                      WHERE e.session_id = known.session_id ORDER BY e.server_seq DESC LIMIT 1
+                  )
+              )
         ) AS new
         RETURNING session_id, server_seq, id
     )
