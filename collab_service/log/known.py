@@ -45,8 +45,12 @@ class KnownHeads:
     def wrote(self, session_id: int, *, found: Head, head: Head) -> None:
         """Take note of what a transaction has found and left."""
         known = self._known.get(session_id)
-        self._known[session_id] = _Known(head, known is not None and known.head == found)
-        self._known.move_to_end(session_id)
+        if known is not None:
+            known.ours = known.head == found
+            known.head = head
+            self._known.move_to_end(session_id)
+            return
+        self._known[session_id] = _Known(head, ours=False)
         if len(self._known) > _SESSIONS:
             self._known.popitem(last=False)
 

@@ -84,12 +84,15 @@ class Arrivals:
 class _Room:
     """Callers who wait for room, the first one first."""
 
+    __slots__ = ("_waiting",)
+
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[None]] | tuple[()] = ()
 
     async def wait(self) -> None:
         """Wait to be woken."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting = self._waiting or deque()  # hardly ever does anybody wait, and most rooms are short-lived
         self._waiting.append(turn)
         try:
             await turn
@@ -113,7 +116,9 @@ class _Room:
 
 
 class _Line:
-    """The requests of one session, in order."""
+    """The requests of one session, in order. With many sessions, one is made for nearly every request."""
+
+    __slots__ = ("arrivals", "events", "pending", "room", "size")
 
     def __init__(self, arrivals: Arrivals) -> None:
         self.pending: deque[Pending] = deque()

@@ -80,9 +80,9 @@ _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
 _LINGER = 0.05
 """Seconds without a request after which a session that was waited for is written together with the others again."""
-_GATHER = 0.006
+_GATHER = 0.012
 """Seconds to wait at most for callers who were active a moment ago."""
-_GATHER_PER_EVENT = 0.0002
+_GATHER_PER_EVENT = 0.0003
 """Seconds of that for each event expected of them: for a few it is not worth more, since a transaction takes them less
 than a millisecond."""
 _WORTH_GATHERING = 64
