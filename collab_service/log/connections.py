@@ -28,7 +28,7 @@ class AppendConnections:
             connection = self._idle.pop() if self._idle else None
             if connection is None or not connection.usable:
                 connection = await PipelineConnection.open(self._database)
-                await connection.run(appending.KEEP_PLANS)
+                await connection.run(appending.SET_UP_CONNECTION)
             try:
                 yield connection
             except psycopg.errors.ReadOnlySqlTransaction:

@@ -42,7 +42,7 @@ _LIVENESS: dict[str, Any] = {
 _SET_UP_SESSION = """
 SELECT set_config('TimeZone', 'UTC', false),
        set_config('default_transaction_isolation', 'read committed', false),
-       set_config('statement_timeout', '60s', false),
+       set_config('statement_timeout', '30s', false),
        set_config('lock_timeout', '10s', false),
        set_config('idle_in_transaction_session_timeout', '30s', false),
        set_config('synchronous_commit',

@@ -19,7 +19,7 @@ from psycopg.pq.abc import PGconn, PGresult
 from collab_service.storage.database import Database
 
 _PATIENCE = 75.0
-"""Seconds to wait for answers: longer than `statement_timeout`, for servers that do not even say that."""
+"""Seconds to wait for answers: longer than any `statement_timeout`, for servers that do not even say that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from collab_service.log.connections import AppendConnections
 from collab_service.model.errors import (
     CollabError,
     DatabaseUnreachable,
@@ -35,6 +36,7 @@ from collab_service.storage import schema
 from collab_service.storage.database import Database, Pulse, libpq_url, url_problem
 from collab_service.storage.driver_errors import cause_of
 from collab_service.storage.embedded import Cluster
+from collab_service.storage.pipeline import Command, Statement
 from collab_service.storage.repository import sessions
 from tests.log.logs import unseen
 from tests.waiting import until
@@ -431,20 +433,32 @@ async def test_sessions_are_set_up_whatever_the_defaults(database_url: str, name
         "default_transaction_isolation = 'repeatable read'",
         "timezone = 'Asia/Tokyo'",
         "statement_timeout = 0",
+        "lock_timeout = 0",
         "idle_in_transaction_session_timeout = 0",
     ):
         administer(cluster.url, f"ALTER DATABASE {{}} SET {wrong}", sql.Identifier(name))
     found = {what: await setting(database_url, what) for what in (
-        "transaction_isolation", "TimeZone", "statement_timeout", "idle_in_transaction_session_timeout",
-        "application_name",
+        "transaction_isolation", "TimeZone", "statement_timeout", "lock_timeout",
+        "idle_in_transaction_session_timeout", "application_name",
     )}  # fmt: skip
     assert found == {
         "transaction_isolation": "read committed",
         "TimeZone": "UTC",
-        "statement_timeout": "1min",
+        "statement_timeout": "30s",
+        "lock_timeout": "10s",
         "idle_in_transaction_session_timeout": "30s",
         "application_name": "collab-service",
     }
+
+
+async def test_connections_of_appends(database: Database) -> None:
+    """Everybody's appends wait for the statement before them, so it has less time than others."""
+    connections = AppendConnections(database)
+    show = [Command(Statement(what, b"SHOW " + what)) for what in (b"statement_timeout", b"lock_timeout")]
+    async with connections.lend() as connection:
+        found = [result.get_value(0, 0) for result in await connection.run(*show)]
+    connections.close()
+    assert found == [b"15s", b"10s"]
 
 
 async def setting(url: str, what: str) -> str:

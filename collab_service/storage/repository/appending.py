@@ -31,8 +31,18 @@ BEGIN = Command(Statement(b"begin", b"BEGIN"))
 COMMIT = Command(Statement(b"commit", b"COMMIT"))
 ROLLBACK = Command(Statement(b"rollback", b"ROLLBACK"))
 
-# One plan for each statement, whatever the lengths of the arrays: planning takes as long as inserting twenty rows.
-KEEP_PLANS = Command(Statement(b"keep_plans", b"SET plan_cache_mode = force_generic_plan"))
+# One plan for each statement, whatever the lengths of the arrays: planning takes as long as inserting twenty rows. And a
+# shorter time for each than reads have, since everybody's appends wait for it; a commit is not bounded by it, however
+# long a synchronous standby takes.
+SET_UP_CONNECTION = Command(
+    Statement(
+        b"set_up_connection",
+        b"""
+        SELECT set_config('plan_cache_mode', 'force_generic_plan', false),
+               set_config('statement_timeout', '15s', false)
+        """,
+    )
+)
 
 _SET_LOCK_TIMEOUT = Statement(b"set_lock_timeout", b"SELECT set_config('lock_timeout', $1, true)", (TEXT,))
 
