@@ -16,6 +16,7 @@ EMPTY_SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
 _INITIAL_WINDOW_SIZE = 4
+_CANCEL = 8
 _LARGEST_WINDOW = 2**31 - 1
 _DEFAULT_WINDOW = 65_535
 
@@ -72,6 +73,10 @@ class FollowConnection(asyncio.Protocol):
         self._send(_HEADERS, _END_HEADERS, stream_id, b"".join(_field(*header) for header in headers))
         self._send(_DATA, _END_STREAM, stream_id, b"\0" + struct.pack(">I", len(message)) + message)
         return stream_id // 2
+
+    def reset(self, number: int) -> None:
+        """Give up on a stream, by its number."""
+        self._send(_RST_STREAM, 0, 2 * number + 1, struct.pack(">I", _CANCEL))
 
     def grow_windows(self, size: int) -> None:
         """Let the server send so many bytes more on every stream."""

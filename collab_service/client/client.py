@@ -4,7 +4,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -473,8 +473,9 @@ class CollabClient:
         cursor = Cursor(session_id, since, limit, types, follow=True)
         follow = pages(self.stub, cursor, self._retry, timeout=deadline - loop.time(), patience=patience)
         async with aclosing(follow):
-            async for page in follow:
-                yield page
+            with suppress(StopAsyncIteration):
+                while True:
+                    yield await anext(follow)  # and hold it no longer: it may be large
 
     async def _call(
         self,

@@ -126,8 +126,9 @@ async def pages(
                     return
                 give_up_at = math.inf
                 backoff.reset()
-                page = cursor.advance(page_of(message))
-                yield page
+                held = [cursor.advance(page_of(message))]
+                del message  # what is large is not held while somebody is busy with it
+                yield held.pop()
                 if cursor.is_at_the_end:
                     return
         except ServiceError as error:

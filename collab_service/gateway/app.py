@@ -60,7 +60,13 @@ class Gateway:
     """The application, and its state."""
 
     def __init__(
-        self, client: CollabClient, metrics: Metrics, *, cors_origins: Sequence[str], max_body_bytes: int
+        self,
+        client: CollabClient,
+        metrics: Metrics,
+        *,
+        cors_origins: Sequence[str],
+        max_body_bytes: int,
+        turns: asyncio.Semaphore,
     ) -> None:
         """Prepare.
 
@@ -69,12 +75,13 @@ class Gateway:
             metrics: Counts the requests, and answers what is at `/metrics`.
             cors_origins: Origins whose pages may call from a browser; `*` for all.
             max_body_bytes: What a request may bring.
+            turns: How many pages of events may be on their way to clients at once.
         """
         self._client = client
         self._metrics = metrics
         self._draining = False
-        self.followers = Followers()
-        handlers = Handlers(client, self.followers, max_body_bytes)
+        self.followers = Followers(turns)
+        handlers = Handlers(client, self.followers, turns, max_body_bytes)
         self._document = msgspec.json.encode(document(__version__))
         routes = [
             Route(operation.path, getattr(handlers, operation.handler), methods=[operation.method])

@@ -1,6 +1,7 @@
 """The calls. Each does four things: read the request, call the service, convert, answer."""
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from http import HTTPStatus
 from urllib.parse import urlencode
@@ -43,8 +44,11 @@ JSON, JSON_LINES, EVENT_STREAM = "application/json", "application/x-ndjson", "te
 class Handlers:
     """What the gateway answers to the calls of the public contract."""
 
-    def __init__(self, client: CollabClient, followers: Followers, max_body_bytes: int) -> None:
+    def __init__(
+        self, client: CollabClient, followers: Followers, turns: asyncio.Semaphore, max_body_bytes: int
+    ) -> None:
         self._client = client
+        self._turns = turns
         self._followers = followers
         self._bodies = Bodies(max_body_bytes)
 
@@ -75,7 +79,7 @@ class Handlers:
             answer.headers["link"] = f'<{request.url.path}?{urlencode(parameters)}>; rel="next"'
         return answer
 
-    async def _all_sessions(self, query: SessionsQuery) -> AsyncIterator[Iterable[SessionForm]]:
+    async def _all_sessions(self, query: SessionsQuery) -> AsyncGenerator[Iterable[SessionForm], None]:
         token = ""
         while True:
             page = await self._client.list_sessions_page(
@@ -151,11 +155,17 @@ class Handlers:
 
     async def _events(
         self, query: EventsQuery, types: list[str], form: Callable[[Event], EventForm]
-    ) -> AsyncIterator[Iterable[EventForm]]:
+    ) -> AsyncGenerator[Iterable[EventForm], None]:
         pages = self._client.read_pages(query.session_id, since=query.since_server_seq, limit=query.limit, types=types)
         async with aclosing(pages):
-            async for page in pages:
-                yield map(form, page.events)
+            while True:
+                async with self._turns:  # until the page has been taken, and the next one is asked for
+                    page = await anext(pages, None)
+                    if page is None:
+                        break
+                    held = [map(form, page.events)]
+                    del page
+                    yield held.pop()
 
 
 def _last_event_id(request: Request) -> int | None:

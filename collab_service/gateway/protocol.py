@@ -28,9 +28,11 @@ _BODY_SECONDS = 60.0
 _STALLED_SECONDS = 60.0
 """After which a client that takes nothing of its answer is cut off."""
 _STALLED_BYTES = 32 * 1024 * 1024
-"""Of answers that wait to be taken, from which on clients that take nothing are cut off after a second."""
+"""Of answers that wait to be taken, from which on clients that take little are cut off."""
+_LITTLE = 64 * 1024
+"""Bytes between two looks."""
 _LOOK = 1.0
-"""Seconds between looks at a client that takes nothing."""
+"""Seconds between looks at a client that does not take all that there is for it."""
 
 
 @dataclass(slots=True)
@@ -39,12 +41,14 @@ class Connections:
 
     most: int
     """How many there may be."""
-    stalled: dict["Protocol", float] = field(default_factory=dict)
-    """Those whose clients take nothing, with the time since when."""
+    turns: asyncio.Semaphore
+    """How many pages of events may be on their way at once."""
+    waiting: set["Protocol"] = field(default_factory=set)
+    """Those that wait for their clients to take what there is for them."""
 
     def are_crowded(self) -> bool:
-        """Whether much waits to be taken."""
-        return sum(stalled.transport.get_write_buffer_size() for stalled in self.stalled) > _STALLED_BYTES
+        """Whether so much waits to be taken that others have to wait."""
+        return self.turns.locked() or sum(map(_bytes_to_take, self.waiting)) > _STALLED_BYTES
 
 
 class Protocol(HttpToolsProtocol):
@@ -59,6 +63,8 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._timer: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
+        self._to_take = 0
+        self._taken_at = 0.0
         self._last_used = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -138,25 +144,31 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def pause_writing(self) -> None:
-        """Take note that the client takes nothing for now."""
+        """Take note that the client does not take all that there is for it."""
         super().pause_writing()
-        self._together.stalled[self] = self.loop.time()
-        self._look = self.loop.call_later(_LOOK, self._look_at_stalled)
+        self._together.waiting.add(self)
+        self._to_take, self._taken_at = _bytes_to_take(self), self.loop.time()
+        self._look = self.loop.call_later(_LOOK, self._look_at_client)
 
     def resume_writing(self) -> None:
-        """Take note that the client takes its answer."""
+        """Take note that the client has taken most of it."""
         super().resume_writing()
-        self._together.stalled.pop(self, None)
+        self._together.waiting.discard(self)
         if self._look is not None:
             self._look.cancel()
 
-    def _look_at_stalled(self) -> None:
-        stalled = self.loop.time() - self._together.stalled[self]
-        if stalled >= _STALLED_SECONDS or self._together.are_crowded():
+    def _look_at_client(self) -> None:
+        now, before = self.loop.time(), self._to_take
+        self._to_take = _bytes_to_take(self)
+        taken = before - self._to_take
+        if taken:
+            self._taken_at = now
+        stalled = now - self._taken_at
+        if stalled >= _STALLED_SECONDS or (taken < _LITTLE and self._together.are_crowded()):
             _log.info("client takes nothing, cut off", stalled_seconds=round(stalled, 1))
             self.transport.abort()
         else:
-            self._look = self.loop.call_later(_LOOK, self._look_at_stalled)
+            self._look = self.loop.call_later(_LOOK, self._look_at_client)
 
     def _wait(self, seconds: float) -> None:
         self._timer = self.loop.call_later(seconds, self._late, seconds)
@@ -201,3 +213,7 @@ class Protocol(HttpToolsProtocol):
         head = b"".join(b"%b: %b\r\n" % line for line in lines)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + answer.body)
         self.transport.close()
+
+
+def _bytes_to_take(connection: Protocol) -> int:
+    return connection.transport.get_write_buffer_size()

@@ -28,6 +28,10 @@ _FLUSH = 0.5
 """Seconds for the last answers to get out."""
 _KEEP_ALIVE = 75
 """Seconds that a silent connection is kept: longer than load balancers do, who must be the ones to close it."""
+_PAGES = 32
+"""Pages of events on their way to clients at once: a page may be 1 MiB, and is held in several forms."""
+_CHANNEL_OPTIONS = (("grpc.http2.bdp_probe", 0),)
+"""Of a page that nobody has asked for yet no more than 64 KiB may come, however fast others are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,14 @@ class GatewayServer:
         self._config = config
         self._on_death = on_death
         # One attempt: whoever calls is told what went wrong, and decides.
-        self._client = CollabClient(config.target, retry=RetryPolicy(attempts=1))
+        self._client = CollabClient(config.target, retry=RetryPolicy(attempts=1), options=_CHANNEL_OPTIONS)
+        turns = asyncio.Semaphore(_PAGES)
         self._gateway = Gateway(
-            self._client, metrics, cors_origins=config.cors_origins, max_body_bytes=config.max_body_bytes
+            self._client,
+            metrics,
+            cors_origins=config.cors_origins,
+            max_body_bytes=config.max_body_bytes,
+            turns=turns,
         )
         # Ours is the log: uvicorn's has a line for every client that leaves and every answer that is cut off.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -72,7 +81,7 @@ class GatewayServer:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                http=cast(Any, partial(Protocol, Connections(config.max_connections))),
+                http=cast(Any, partial(Protocol, Connections(config.max_connections, turns))),
                 ws="none",
                 server_header=False,
                 proxy_headers=False,  # nothing here depends on who calls

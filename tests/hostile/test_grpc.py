@@ -17,7 +17,7 @@ from tests.hostile.conftest import CONNECTIONS, last_words, stored
 from tests.http2 import FollowConnection
 from tests.memory import resident_kilobytes
 from tests.processes import ServeProcess
-from tests.rpc.calls import TIMEOUT, Failure, append, new_session, raw_call
+from tests.rpc.calls import TIMEOUT, Failure, append, events, new_session, raw_call
 from tests.rpc.test_fuzz import EXPECTED
 
 _METHODS = pb.DESCRIPTOR.services_by_name["CollabService"].methods
@@ -124,6 +124,22 @@ async def test_floods(attacked: ServeProcess, stub: CollabServiceStub, frame: by
             pass
         await asyncio.to_thread(append, stub, session_id)
         assert resident_kilobytes(attacked.process.pid) - before < 30_000
+
+
+async def test_calls_that_are_given_up_at_once(attacked: ServeProcess, stub: CollabServiceStub) -> None:
+    """A client that opens calls and resets them as fast as it can costs no memory, and others are served meanwhile."""
+    session_id = new_session(stub)
+    append(stub, session_id)
+    before = resident_kilobytes(attacked.process.pid)
+    connection = await FollowConnection.open(attacked.grpc_address, lambda *_: None)
+    ends_at = asyncio.get_running_loop().time() + 3
+    while asyncio.get_running_loop().time() < ends_at and not connection.closed.done():
+        for _ in range(500):
+            connection.reset(connection.follow(pb.ListEventsRequest(session_id=session_id, follow=True)))
+        await asyncio.to_thread(append, stub, session_id)
+    connection.transport.abort()
+    assert [event.server_seq for event in events(stub, session_id)][:2] == [1, 2]
+    assert resident_kilobytes(attacked.process.pid) - before < 60_000
 
 
 @pytest.mark.long

@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import os
 import random
+import socket
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 
 import httpx
 import pytest
 
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.gateway.calls import append, new_session, open_http
 from tests.gateway.wire import Connection, connected, request_bytes
 from tests.hostile.conftest import CONNECTIONS, last_words, stored
+from tests.memory import resident_kilobytes
 from tests.processes import ServeProcess
+from tests.rpc import calls
 
 _POST = b"POST /api/collab/sessions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 _BROKEN = {
@@ -148,3 +153,26 @@ async def test_connections_that_all_work(attacked: ServeProcess) -> None:
             assert await further.is_closed()
     with open_http(attacked.http_address) as again:
         append(again, session_id)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory from /proc")
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_stalled_readers_of_large_events(server: ServeProcess, stub: CollabServiceStub, accept: str) -> None:
+    """Hundreds who take nothing of large pages cost a budget, not a page each, and others read meanwhile."""
+    session_id = calls.new_session(stub)
+    for _ in range(4):
+        calls.append(stub, session_id, binary=bytes(900_000))
+    host, port = server.http_address.split(":")
+    request = f"GET /api/collab/events?sessionId={session_id} HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\n\r\n".encode()
+    before = resident_kilobytes(server.process.pid)
+    with ExitStack() as stack:
+        for _ in range(200):
+            reader = stack.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            reader.connect((host, int(port)))
+            reader.send(request)
+        with open_http(server.http_address) as http:
+            for _ in range(3):
+                answer = http.get("/api/collab/events", params={"sessionId": session_id})
+                assert len(answer.json()) == 4
+                assert resident_kilobytes(server.process.pid) - before < 450 * 1024

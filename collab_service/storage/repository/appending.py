@@ -31,9 +31,9 @@ BEGIN = Command(Statement(b"begin", b"BEGIN"))
 COMMIT = Command(Statement(b"commit", b"COMMIT"))
 ROLLBACK = Command(Statement(b"rollback", b"ROLLBACK"))
 
-# One plan for each statement, whatever the lengths of the arrays: planning takes as long as inserting twenty rows. And a
-# shorter time for each than reads have, since everybody's appends wait for it; a commit is not bounded by it, however
-# long a synchronous standby takes.
+# One plan for each statement, whatever the lengths of the arrays: planning takes as long as inserting twenty rows. And
+# less time for each than reads have, since everybody's appends wait for it; a commit is not bounded by it, however long
+# a synchronous standby takes.
 SET_UP_CONNECTION = Command(
     Statement(
         b"set_up_connection",
