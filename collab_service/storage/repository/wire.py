@@ -42,7 +42,8 @@ def _tags(kind: int, *fields: int) -> Iterable[bytes]:
 (_EVENTS,) = _tags(_LENGTH_DELIMITED, 1)
 _ID, _SESSION_ID, _SERVER_SEQ, _CLIENT_SEQ = _tags(_VARINT, 1, 2, 3, 5)
 _ACTOR_ID, _TYPE, _JSON, _BINARY = _tags(_LENGTH_DELIMITED, 4, 6, 7, 8)
-_HASH, _SIGNATURE, _IDEMPOTENCY_KEY, _CREATE_TIME, _CHAIN_HASH = _tags(_LENGTH_DELIMITED, 9, 10, 11, 12, 13)
+_HASH, _SIGNATURE, _IDEMPOTENCY_KEY, _CREATE_TIME = _tags(_LENGTH_DELIMITED, 9, 10, 11, 12)
+(_CHAIN_HASH,) = (tag + _varint(32) for tag in _tags(_LENGTH_DELIMITED, 13))
 _SECONDS, _NANOS = _tags(_VARINT, 1, 2)
 
 _LENGTH_BYTES = 4
@@ -61,17 +62,14 @@ def envelope(event: Event) -> bytes:
         tag, size = _BINARY, len(payload)
     fields = b"".join((
         _ID, _NO_ID if event.id == 0 else _wide_varint(event.id, _ID_BYTES),
-        _SESSION_ID, _varint_seen(event.session_id),
+        _in_common(event.session_id, content.actor_id, content.type, event.created_at),
         _SERVER_SEQ, _varint(event.server_seq),
-        b"" if content.actor_id is None else _text_seen(_ACTOR_ID, content.actor_id),
         b"" if content.client_seq is None else _CLIENT_SEQ + _varint(content.client_seq),
-        b"" if content.type is None else _text_seen(_TYPE, content.type),
         b"" if content.hash is None else _text(_HASH, content.hash),
         _bytes(_SIGNATURE, content.signature) if content.signature else b"",
         b"" if content.idempotency_key is None else _text(_IDEMPOTENCY_KEY, content.idempotency_key),
-        _create_time(event.created_at),
-        _bytes(_CHAIN_HASH, event.chain_hash),
-        tag, _varint_seen(size),
+        _CHAIN_HASH, event.chain_hash,
+        tag, _size(size),
     ))  # fmt: skip
     length = len(fields) + size
     groups = length & 127 | (length & 127 << 7) << 1 | (length & 127 << 14) << 2 | (length & 127 << 21) << 3 | 0x808080
@@ -92,17 +90,19 @@ def _text(tag: bytes, value: str) -> bytes:
     return _bytes(tag, value.encode())
 
 
-# What neighbours mostly have in common.
-_varint_seen = lru_cache(_varint)
-_text_seen = lru_cache(1024)(_text)
+@lru_cache
+def _in_common(session_id: int, actor_id: str | None, type_: str | None, created_at: int) -> bytes:
+    """Return the fields that the events of a batch mostly have in common; their order in a message does not matter."""
+    seconds, micros = divmod(created_at, 1_000_000)
+    return b"".join((
+        _SESSION_ID, _varint(session_id),
+        b"" if actor_id is None else _text(_ACTOR_ID, actor_id),
+        b"" if type_ is None else _text(_TYPE, type_),
+        _bytes(_CREATE_TIME, _SECONDS + _varint(seconds) + _NANOS + _varint(micros * 1_000)),
+    ))  # fmt: skip
 
 
-@lru_cache(1)
-def _create_time(micros: int) -> bytes:
-    seconds, rest = divmod(micros, 1_000_000)
-    return _bytes(_CREATE_TIME, _SECONDS + _varint(seconds) + _NANOS + _varint(rest * 1_000))
-
-
+_size = lru_cache(_varint)
 _NO_ID = _wide_varint(0, _ID_BYTES)
 
 
