@@ -161,7 +161,7 @@ class Protocol(HttpToolsProtocol):
         now, before = self.loop.time(), self._to_take
         self._to_take = _bytes_to_take(self)
         taken = before - self._to_take
-        if taken:
+        if taken > 0:
             self._taken_at = now
         stalled = now - self._taken_at
         if stalled >= _STALLED_SECONDS or (taken < _LITTLE and self._together.are_crowded()):
