@@ -11,7 +11,6 @@ import asyncio
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import NamedTuple
 
 import structlog
 
@@ -30,40 +29,34 @@ _WAITED_FOR = 10
 """Sessions whose rows are waited for in a flush, each for so long at most."""
 
 
-class _Unwritten(NamedTuple):
-    time: int
-    """The newest event's, in microseconds."""
-    since: float
-    """When the first event came that is newer than the row says, on the loop's clock."""
-
-
 class ActivityWriter:
     """Remembers the newest event's time of each session and writes it down from time to time."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._unwritten: dict[int, _Unwritten] = {}
+        self._newest: dict[int, int] = {}
+        """Of each session whose row says less, its newest event's time in microseconds."""
+        self._since: dict[int, float] = {}
+        """Of the same sessions, when the first event came that is newer than the row says, on the loop's clock."""
         self._flushing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
 
     def due(self, times: Mapping[int, int]) -> dict[int, int]:
         """Return, of sessions with the time of their newest event, those whose time is to be written with it."""
         before = self._loop.time() - _INTERVAL
-        unwritten = self._unwritten
+        since = self._since
         return {
-            session_id: time
-            for session_id, time in times.items()
-            if session_id in unwritten and unwritten[session_id].since < before
+            session_id: time for session_id, time in times.items() if session_id in since and since[session_id] < before
         }
 
     def note(self, times: Mapping[int, int], written: Collection[int]) -> None:
         """Remember when the newest events were stored, and in which sessions that is written already."""
+        self._newest |= times
         now = self._loop.time()
-        for session_id, time in times.items():
-            before = self._unwritten.get(session_id)
-            self._unwritten[session_id] = _Unwritten(time, now if before is None else before.since)
+        for session_id in times:
+            self._since.setdefault(session_id, now)
         for session_id in written:
-            del self._unwritten[session_id]
+            del self._newest[session_id], self._since[session_id]
 
     async def run(self) -> None:
         """Write what no append has written, every second, for ever. What cannot be written now is kept."""
@@ -84,13 +77,14 @@ class ActivityWriter:
 
     async def _flush(self, before: float) -> None:
         async with self._flushing:
-            left = {id_: unwritten for id_, unwritten in self._unwritten.items() if unwritten.since <= before}
-            for session_id in left:
-                del self._unwritten[session_id]
-            ids = list(left)
+            since = {session_id: then for session_id, then in self._since.items() if then <= before}
+            left = {session_id: self._newest.pop(session_id) for session_id in since}
+            for session_id in since:
+                del self._since[session_id]
             try:
+                ids = list(left)
                 for start in range(0, len(ids), _AT_ONCE):
-                    times = {session_id: left[session_id].time for session_id in ids[start : start + _AT_ONCE]}
+                    times = {session_id: left[session_id] for session_id in ids[start : start + _AT_ONCE]}
                     async with self._database.transaction() as connection:
                         written = await sessions.record_activity(connection, times, wait=False)
                     for session_id in written:
@@ -99,12 +93,13 @@ class ActivityWriter:
                 for session_id in list(left)[:_WAITED_FOR]:
                     await self._wait_and_write(session_id, left)
             finally:
-                for session_id, unwritten in left.items():
-                    self._unwritten.setdefault(session_id, unwritten)
+                for session_id, time in left.items():
+                    self._newest.setdefault(session_id, time)
+                    self._since[session_id] = since[session_id]
 
-    async def _wait_and_write(self, session_id: int, left: dict[int, _Unwritten]) -> None:
+    async def _wait_and_write(self, session_id: int, left: dict[int, int]) -> None:
         with suppress(LockTimeout):
             async with self._database.transaction() as connection:
                 await sessions.set_lock_timeout(connection, _LOCK_WAIT)
-                await sessions.record_activity(connection, {session_id: left[session_id].time})
+                await sessions.record_activity(connection, {session_id: left[session_id]})
             del left[session_id]

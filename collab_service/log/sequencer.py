@@ -286,7 +286,7 @@ class Sequencer:
                 return
             except InDoubt as doubt:
                 if await self._took_place(doubt):
-                    self._answer(doubt.decisions, doubt.events)
+                    self._answer(doubt.decisions, doubt.events, _times_of(doubt.events))
                     self._observe(doubt.decisions, doubt.events, begun, begun)
                     return
                 _log.info("the commit in doubt did not take place")
@@ -340,7 +340,8 @@ class Sequencer:
                 await _read_replayed(connection, batch, states)
             decisions = self._decide(batch, states, iter(locked.ids))
             events = _added(states)
-            active = self._activity.due(_times_of(events))
+            times = _times_of(events)
+            active = self._activity.due(times)
             if events or any(isinstance(decision, Appended) for _, decision in decisions):
                 # Also when it holds nothing but replays: what they found is acknowledged, so it has to be everywhere
                 # where a commit waits for it to be.
@@ -353,7 +354,7 @@ class Sequencer:
                 await connection.run(appending.ROLLBACK)
         for session_id, state in states.items():
             self._heads.wrote(session_id, found=locked.heads[session_id], head=state.head)
-        self._answer(decisions, events, active)
+        self._answer(decisions, events, times, active)
         if sent is not None:
             self._observe(decisions, events, begun, sent)
 
@@ -373,7 +374,8 @@ class Sequencer:
         if not all(isinstance(decision, Appended) for _, decision in decisions):
             return False
         events = _added(states)
-        active = self._activity.due(_times_of(events))
+        times = _times_of(events)
+        active = self._activity.due(times)
         sent = perf_counter()
         try:
             with _in_doubt_when_lost(connection, events, decisions, may_come_late=True):
@@ -387,7 +389,7 @@ class Sequencer:
         give_ids(events, ids)
         for session_id, state in states.items():
             self._heads.wrote(session_id, found=heads[session_id], head=state.head)
-        self._answer(decisions, events, active)
+        self._answer(decisions, events, times, active)
         self._observe(decisions, events, begun, sent)
         return True
 
@@ -431,16 +433,19 @@ class Sequencer:
                 decisions.append((pending, state.decide(request, pending.digests, now, ids)))
         return decisions
 
-    def _answer(self, decisions: Decisions, stored: Sequence[Event], active: Collection[int] = ()) -> None:
+    def _answer(
+        self, decisions: Decisions, stored: Sequence[Event], times: Mapping[int, int], active: Collection[int] = ()
+    ) -> None:
         """Tell everybody what became of their request; the transaction is committed.
 
         Args:
             decisions: What to tell.
             stored: The new events.
+            times: The time of the newest of them in each session.
             active: The sessions whose activity was written with them.
         """
         if stored:
-            self._activity.note(_times_of(stored), active)
+            self._activity.note(times, active)
             self._on_stored(stored)
         for pending, decision in decisions:
             if not isinstance(decision, Appended):
@@ -529,7 +534,7 @@ def _added(states: Mapping[int, SessionState]) -> list[Event]:
 
 
 def _times_of(events: Sequence[Event]) -> dict[int, int]:
-    """Return the time of the newest event of each session."""
+    """Return the time of the newest event of each session, in microseconds."""
     return {event.session_id: event.created_at for event in events}
 
 

@@ -6,6 +6,7 @@ breaking the chain.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
 from struct import Struct
 from typing import Protocol
@@ -41,6 +42,14 @@ def _opt(value: bytes) -> bytes:
     return b"\1" + _u32(len(value)) + value
 
 
+def _opt_text(value: str | None) -> bytes:
+    return _ABSENT if value is None else _opt(value.encode())
+
+
+_repeated_text = lru_cache(1_024)(_opt_text)
+"""For what many events have in common."""
+
+
 def content_digest(event: Content) -> bytes:
     """Return the 32-byte digest of everything that the author gave."""
     payload = event.payload
@@ -49,15 +58,15 @@ def content_digest(event: Content) -> bytes:
         b"".join(
             (
                 b"collab-content-v1",
-                _ABSENT if event.actor_id is None else _opt(event.actor_id.encode()),
+                _repeated_text(event.actor_id),
                 _ABSENT if event.client_seq is None else _opt(b"%d" % event.client_seq),
-                _ABSENT if event.type is None else _opt(event.type.encode()),
+                _repeated_text(event.type),
                 kind,
                 _u32(len(data)),
                 data,
-                _ABSENT if event.hash is None else _opt(event.hash.encode()),
+                _opt_text(event.hash),
                 _opt(event.signature) if event.signature else _ABSENT,
-                _ABSENT if event.idempotency_key is None else _opt(event.idempotency_key.encode()),
+                _opt_text(event.idempotency_key),
             )
         )
     ).digest()

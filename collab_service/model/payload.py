@@ -19,11 +19,13 @@ def json_object_problem(text: str) -> str | None:
     Checks the grammar (RFC 8259), a depth of at most 128, and that surrogates come in pairs. Numbers of any size,
     duplicate keys and the escape `\\u0000` are fine. Never builds the value.
     """
-    stripped = text.lstrip(" \t\n\r")
-    if not stripped.startswith("{"):
-        return "must be the text of one JSON object, such as {}" + ("" if stripped else "; it is empty")
-    # Depth first: it bounds the recursion of the grammar check.
-    if text.count("{") + text.count("[") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
+    if not text.startswith("{"):
+        stripped = text.lstrip(" \t\n\r")
+        if not stripped.startswith("{"):
+            return "must be the text of one JSON object, such as {}" + ("" if stripped else "; it is empty")
+    # Depth first: it bounds the recursion of the grammar check. What is opened has to be closed, too.
+    long = len(text) > 2 * MAX_JSON_DEPTH
+    if long and text.count("{") + text.count("[") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
         return f"must be nested at most {MAX_JSON_DEPTH} deep"
     try:
         _decoder.decode(text)

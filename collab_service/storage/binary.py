@@ -30,39 +30,55 @@ _HEADER_BYTES = 20
 _sized_int8 = Struct(">iq").pack
 
 
-def _array(element: int, elements: Sequence[bytes]) -> bytes:
-    return _header(1, 1, element, len(elements), 1) + b"".join(elements)
+def _array(element: int, count: int, elements: bytes) -> bytes:
+    return _header(1, 1, element, count, 1) + elements
 
 
-def _nulls(element: int, count: int) -> bytes:
-    return _header(1, 1, element, count, 1) + _NULL * count
+def _are_equal(values: Sequence[object]) -> bool:
+    """Tell whether all values are the same, as they often are in a batch; ends at the first that is not."""
+    return list(values[:1]) * len(values) == values
 
 
 def int8_array(values: Sequence[int | None]) -> bytes:
     """Pack an `int8[]`."""
-    return _array(INT8, [_NULL if value is None else _sized_int8(8, value) for value in values])
+    return _array(INT8, len(values), _int8_elements(values))
 
 
 def timestamptz_array(micros: Sequence[int]) -> bytes:
     """Pack a `timestamptz[]` from microseconds of the Unix epoch."""
-    return _array(_TIMESTAMPTZ, [_sized_int8(8, value - _POSTGRES_EPOCH) for value in micros])
+    return _array(_TIMESTAMPTZ, len(micros), _int8_elements([value - _POSTGRES_EPOCH for value in micros]))
+
+
+def _int8_elements(values: Sequence[int | None]) -> bytes:
+    if values and _are_equal(values):
+        return _int8_element(values[0]) * len(values)
+    return b"".join(map(_int8_element, values))
+
+
+def _int8_element(value: int | None) -> bytes:
+    return _NULL if value is None else _sized_int8(8, value)
 
 
 def bytea_array(values: Sequence[bytes | None]) -> bytes:
     """Pack a `bytea[]`."""
-    if values.count(None) == len(values):
-        return _nulls(_BYTEA, len(values))
-    return _array(_BYTEA, [_NULL if value is None else _length(len(value)) + value for value in values])
+    if values and _are_equal(values):
+        return _array(_BYTEA, len(values), _bytea_element(values[0]) * len(values))
+    return _array(_BYTEA, len(values), b"".join(map(_bytea_element, values)))
+
+
+def _bytea_element(value: bytes | None) -> bytes:
+    return _NULL if value is None else _length(len(value)) + value
 
 
 def text_array(values: Sequence[str | None]) -> bytes:
     """Pack a `text[]`."""
-    if values.count(None) == len(values):
-        return _nulls(TEXT, len(values))
-    return _array(
-        TEXT,
-        [_NULL if value is None else _length(len(encoded := value.encode())) + encoded for value in values],
-    )
+    if values and _are_equal(values):
+        return _array(TEXT, len(values), _text_element(values[0]) * len(values))
+    return _array(TEXT, len(values), b"".join(map(_text_element, values)))
+
+
+def _text_element(value: str | None) -> bytes:
+    return _NULL if value is None else _length(len(encoded := value.encode())) + encoded
 
 
 def int8(value: int) -> bytes:

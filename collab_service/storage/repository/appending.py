@@ -114,7 +114,7 @@ _COLUMN_NAMES = ", ".join(name for name, _ in _COLUMNS)
 _WITH_ID = _COLUMN_NAMES.replace("envelope", sql_with_id("envelope", "id"))
 _COLUMN_TYPES = tuple(oid for _, oid in _COLUMNS)
 _COLUMN_PARAMETERS = ", ".join(f"${n}" for n in range(1, 1 + len(_COLUMNS)))
-_MORE = tuple(f"${n}" for n in range(1 + len(_COLUMNS), 3 + len(_COLUMNS)))
+_MORE = tuple(f"${n}" for n in range(1 + len(_COLUMNS), 4 + len(_COLUMNS)))
 
 _INSERT = Statement(
     b"insert",
@@ -142,10 +142,11 @@ _INSERT_BEHIND_HEADS = Statement(
             FROM unnest({_COLUMN_PARAMETERS}) AS given ({_COLUMN_NAMES})
             WHERE (SELECT count(*) FROM locked) = cardinality({_MORE[0]})
               AND NOT EXISTS (
-                  SELECT FROM unnest({_MORE[0]}, {_MORE[1]}) AS known (session_id, chain_hash)
+                  SELECT FROM unnest({", ".join(_MORE)}) AS known (session_id, server_seq, chain_hash)
                   WHERE known.chain_hash IS DISTINCT FROM (
                       SELECT e.chain_hash FROM collab_events e
-                      WHERE e.session_id = known.session_id ORDER BY e.server_seq DESC LIMIT 1
+                      WHERE e.session_id = known.session_id AND e.server_seq >= known.server_seq
+                      ORDER BY e.server_seq DESC LIMIT 1
                   )
               )
         ) AS new
@@ -153,7 +154,7 @@ _INSERT_BEHIND_HEADS = Statement(
     )
     SELECT array_agg(id ORDER BY session_id, server_seq) FROM inserted
     """.encode(),
-    (*_COLUMN_TYPES, INT8_ARRAY, BYTEA_ARRAY),
+    (*_COLUMN_TYPES, INT8_ARRAY, INT8_ARRAY, BYTEA_ARRAY),
 )
 
 # When sessions were active, written by the transaction that holds their rows. Where it has inserted nothing, this does
@@ -314,7 +315,11 @@ async def insert_behind_heads(
         psycopg.errors.UniqueViolation: A number is taken, or an idempotency key is known. Nothing was inserted.
         psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
     """
-    known = [int8_array(list(heads)), bytea_array([head.chain_hash for head in heads.values()])]
+    known = [
+        int8_array(list(heads)),
+        int8_array([head.last_server_seq for head in heads.values()]),
+        bytea_array([head.chain_hash for head in heads.values()]),
+    ]
     insert = Command(_INSERT_BEHIND_HEADS, [*_columns(events), *known])
     inserted, *_ = await connection.run(insert, *_touch(active))
     ids = inserted.get_value(0, 0)

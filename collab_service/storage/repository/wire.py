@@ -16,16 +16,19 @@ from collab_service.model import Event
 
 _VARINT, _LENGTH_DELIMITED = 0, 2
 
+_CACHED = 1_024
+"""Results that are kept of each function whose arguments come again and again."""
+
 
 def _varint(number: int) -> bytes:
     if number < 1 << 7:
         return number.to_bytes(1)
-    groups = []
-    while number >> 7:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)
+    return _MORE[number & 127] + _higher(number >> 7)
+
+
+_MORE = tuple((group | 128).to_bytes(1) for group in range(128))
+_higher = lru_cache(_CACHED)(_varint)
+"""What is the same for a hundred numbers in a row."""
 
 
 def _wide_varint(number: int, width: int) -> bytes:
@@ -33,6 +36,9 @@ def _wide_varint(number: int, width: int) -> bytes:
     groups = [number >> 7 * group & 127 | 128 for group in range(width)]
     groups[-1] &= 127
     return bytes(groups)
+
+
+_higher_of_id = lru_cache(_CACHED)(_wide_varint)
 
 
 def _tags(kind: int, *fields: int) -> Iterable[bytes]:
@@ -46,8 +52,8 @@ _HASH, _SIGNATURE, _IDEMPOTENCY_KEY, _CREATE_TIME = _tags(_LENGTH_DELIMITED, 9, 
 (_CHAIN_HASH,) = (tag + _varint(32) for tag in _tags(_LENGTH_DELIMITED, 13))
 _SECONDS, _NANOS = _tags(_VARINT, 1, 2)
 
-_LENGTH_BYTES = 4
 _ID_BYTES = 9
+_LENGTH_BYTES = 4
 _ID_AT = 1 + len(_EVENTS) + _LENGTH_BYTES + len(_ID)
 """Where the id begins; in SQL the first byte is the first one."""
 
@@ -61,19 +67,17 @@ def envelope(event: Event) -> bytes:
     else:
         tag, size = _BINARY, len(payload)
     fields = b"".join((
-        _ID, _NO_ID if event.id == 0 else _wide_varint(event.id, _ID_BYTES),
-        _in_common(event.session_id, content.actor_id, content.type, event.created_at),
+        _NO_ID if event.id == 0 else _id(event.id),
+        _session_id(event.session_id), _create_time(event.created_at), _author(content.actor_id, content.type),
         _SERVER_SEQ, _varint(event.server_seq),
         b"" if content.client_seq is None else _CLIENT_SEQ + _varint(content.client_seq),
         b"" if content.hash is None else _text(_HASH, content.hash),
         _bytes(_SIGNATURE, content.signature) if content.signature else b"",
         b"" if content.idempotency_key is None else _text(_IDEMPOTENCY_KEY, content.idempotency_key),
         _CHAIN_HASH, event.chain_hash,
-        tag, _size(size),
+        _payload(tag, size),
     ))  # fmt: skip
-    length = len(fields) + size
-    groups = length & 127 | (length & 127 << 7) << 1 | (length & 127 << 14) << 2 | (length & 127 << 21) << 3 | 0x808080
-    return _EVENTS + groups.to_bytes(_LENGTH_BYTES, "little") + fields
+    return _length(len(fields) + size) + fields
 
 
 def message(event: Event) -> bytes:
@@ -90,20 +94,41 @@ def _text(tag: bytes, value: str) -> bytes:
     return _bytes(tag, value.encode())
 
 
-@lru_cache
-def _in_common(session_id: int, actor_id: str | None, type_: str | None, created_at: int) -> bytes:
-    """Return the fields that the events of a batch mostly have in common; their order in a message does not matter."""
+def _id(number: int) -> bytes:
+    return _ID + _MORE[number & 127] + _higher_of_id(number >> 7, _ID_BYTES - 1)
+
+
+_NO_ID = _id(0)
+
+
+# What events of a batch mostly have in common, or what takes few values, is encoded once.
+
+
+@lru_cache(_CACHED)
+def _length(length: int) -> bytes:
+    return _EVENTS + _wide_varint(length, _LENGTH_BYTES)
+
+
+@lru_cache(_CACHED)
+def _session_id(session_id: int) -> bytes:
+    return _SESSION_ID + _varint(session_id)
+
+
+@lru_cache(_CACHED)
+def _create_time(created_at: int) -> bytes:
     seconds, micros = divmod(created_at, 1_000_000)
-    return b"".join((
-        _SESSION_ID, _varint(session_id),
-        b"" if actor_id is None else _text(_ACTOR_ID, actor_id),
-        b"" if type_ is None else _text(_TYPE, type_),
-        _bytes(_CREATE_TIME, _SECONDS + _varint(seconds) + _NANOS + _varint(micros * 1_000)),
-    ))  # fmt: skip
+    return _bytes(_CREATE_TIME, _SECONDS + _varint(seconds) + _NANOS + _varint(micros * 1_000))
 
 
-_size = lru_cache(_varint)
-_NO_ID = _wide_varint(0, _ID_BYTES)
+@lru_cache(_CACHED)
+def _author(actor_id: str | None, type_: str | None) -> bytes:
+    actor = b"" if actor_id is None else _text(_ACTOR_ID, actor_id)
+    return actor if type_ is None else actor + _text(_TYPE, type_)
+
+
+@lru_cache(_CACHED)
+def _payload(tag: bytes, size: int) -> bytes:
+    return tag + _varint(size)
 
 
 def _sql_of_id(number: str) -> str:
