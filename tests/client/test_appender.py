@@ -353,10 +353,10 @@ async def test_memory_is_bounded(client: CollabClient, proxy: TcpProxy) -> None:
         ]
 
         async def is_full() -> bool:
-            return appender._waiting_bytes > 15_000_000
+            return appender._outbox._waiting_bytes > 15_000_000
 
         await until(is_full, "a full appender")
-        assert appender._waiting_bytes <= 16 * 2**20
+        assert appender._outbox._waiting_bytes <= 16 * 2**20
         proxy.accept()
         await asyncio.gather(*tasks)
     assert [e.client_seq async for e in client.read(session_id)] == list(range(501))
