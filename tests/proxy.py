@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,8 @@ INSERTING = b"\0insert\0"
 """Part of the client's message that binds the insert of events."""
 INSERTING_BEHIND_HEADS = b"\0insert_behind_heads\0"
 """The same for the one statement that is a whole transaction."""
+LOCKING = b"\0lock_free\0"
+"""Part of the client's message that begins any other transaction of an append."""
 INSERTED = b"C\0\0\0\x0dSELECT 1\0Z"
 """The server's message that this statement was committed."""
 
@@ -28,6 +31,8 @@ class PostgresProxy:
         self._client_word: bytes | None = None
         self._late = False
         self._delayed: tuple[bytes, asyncio.StreamWriter] | None = None
+        self._late_answer = asyncio.Event()
+        self._actions: dict[bytes, Callable[[], Awaitable[None]]] = {}
         self._server_word: bytes | None = None
         self._refusing = False
         self._silent = False
@@ -51,6 +56,16 @@ class PostgresProxy:
         assert self._delayed is not None
         data, sink = self._delayed
         sink.write(data)
+
+    async def send_what_is_late_and_wait(self) -> None:
+        """Let the server have what was held back, and wait until it has answered."""
+        self._late_answer.clear()
+        self.send_what_is_late()
+        await self._late_answer.wait()
+
+    def before_anybody_says(self, word: bytes, action: Callable[[], Awaitable[None]]) -> None:
+        """Do something once when the client or the server says `word`, before that gets through."""
+        self._actions[word] = action
 
     def cut_before_server_says(self, word: bytes, *, stay_away: bool = False) -> None:
         """Lose the next connection when the server sends `word`, which does not get through.
@@ -129,6 +144,10 @@ class PostgresProxy:
                         self._delayed = data, sink
                         pair = pair[:1]  # the one that is closed
                     return
+                if from_server and self._delayed is not None and self._delayed[1] is pair[1]:
+                    self._late_answer.set()
+                for word in [word for word in self._actions if word in data]:
+                    await self._actions.pop(word)()
                 sink.write(data)
                 await sink.drain()
         except OSError:

@@ -86,11 +86,13 @@ class ActivityWriter:
                 for start in range(0, len(ids), _AT_ONCE):
                     times = {session_id: left[session_id] for session_id in ids[start : start + _AT_ONCE]}
                     async with self._database.transaction() as connection:
-                        written = await sessions.record_activity(connection, times, wait=False)
-                    for session_id in written:
+                        held = await sessions.record_activity(connection, times, wait=False)
+                    for session_id in times.keys() - held:
                         del left[session_id]
-                # What is left is gone or held by others: one by one, so that one that is stuck holds up no other.
+                # What is left is held by others: one by one, so that one that is stuck holds up no other, and those
+                # that were waited for in vain come last the next time.
                 for session_id in list(left)[:_WAITED_FOR]:
+                    left[session_id] = left.pop(session_id)
                     await self._wait_and_write(session_id, left)
             finally:
                 for session_id, time in left.items():

@@ -40,6 +40,20 @@ class Appended(Struct, frozen=True):
 Decision = Appended | CollabError
 
 
+class Attempt(Struct, eq=False):
+    """A transaction that would have stored a request, and lost its connection during the commit."""
+
+    events: list[Event]
+    """What it would have stored of the request."""
+    behind: bytes | None
+    """The chain hash of the head that it would have stored them behind."""
+    may_come_late: bool
+    """Whether it may take place even after it was found that it has not: the statement that takes the locks was sent
+    with the commit, and may still be on its way. Once something else is stored behind that head, it no longer can."""
+    was_looked_for: bool = False
+    """Whether it was found, with the session locked, that it has not taken place."""
+
+
 class SessionState(Struct):
     """A locked session: its end as it was found, what was read of it, and what this transaction adds."""
 
@@ -48,7 +62,8 @@ class SessionState(Struct):
     known_keys: dict[str, int] = field(default_factory=dict)
     """The numbers of stored events by idempotency key, for all keys that this transaction's requests carry."""
     stored: dict[int, Event] = field(default_factory=dict)
-    """The stored events that those requests might be replays of, by number."""
+    """The stored events that those requests might be replays of, or that may come of attempts to store them, by
+    number."""
     added: list[Event] = field(default_factory=list)
     """What this transaction adds, in order."""
 
@@ -69,6 +84,15 @@ class SessionState(Struct):
         if expected is not None and expected != self.head.last_server_seq:
             return ServerSeqConflict(expected, self.head.last_server_seq)
         return self._accept(request, digests, now, ids)
+
+    def result_of(self, attempts: Sequence[Attempt]) -> Appended | None:
+        """Return what one of the attempts to store a request has stored, if one has."""
+        for attempt in attempts:
+            first = attempt.events[0]
+            there = self.stored.get(first.server_seq)
+            if there is not None and there.chain_hash == first.chain_hash:
+                return Appended([self.stored[event.server_seq] for event in attempt.events], replayed=False)
+        return None
 
     def known_places(self, request: AppendRequest) -> list[tuple[int, int]]:
         """Return the (index, number) of each event of a request whose key is stored."""

@@ -1,96 +1,99 @@
-"""Commits whose outcome nobody knows: finding out, and never guessing."""
+"""Commits whose outcome nobody knows: what is remembered of them, to find out and never to guess."""
 
-import asyncio
-import time
-from collections.abc import Sequence
-from itertools import groupby
-from operator import attrgetter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import psycopg
 import structlog
-from msgspec.structs import force_setattr
 
-from collab_service.log.connections import AppendConnections
-from collab_service.log.decide import Decision
+from collab_service.log.decide import Appended, Attempt, Decision, SessionState
+from collab_service.log.plan import Decisions
 from collab_service.log.queue import Pending
-from collab_service.model import Event
 from collab_service.model.errors import CommitOutcomeUnknown
 from collab_service.storage.pipeline import PipelineConnection
-from collab_service.storage.repository import appending
+from collab_service.storage.repository.appending import Head
 
 _log = structlog.get_logger(__name__)
 
-_RESOLVE = 30.0
-"""Seconds to try to find out what became of a commit."""
-
-Decisions = Sequence[tuple[Pending, Decision]]
-
 
 class InDoubt(Exception):
-    """The connection was lost between sending a commit and reading its answer."""
-
-    def __init__(self, events: Sequence[Event], decisions: Decisions, *, may_come_late: bool) -> None:
-        self.events = events
-        self.decisions = decisions
-        self.may_come_late = may_come_late
-        """Whether it may take place even after it was found that it has not: the statement that takes the locks was
-        sent with it, and may still be on its way. Once somebody else has written, it no longer can."""
+    """The connection was lost between sending a commit and reading its answer; each request knows of the attempt."""
 
 
-async def took_place(doubt: InDoubt, connections: AppendConnections) -> bool:
-    """Find out whether a commit in doubt took place. Whatever goes wrong meanwhile, the answer is never a guess.
+@contextmanager
+def in_doubt_when_lost(
+    connection: PipelineConnection, heads: Mapping[int, Head], decisions: Decisions, *, may_come_late: bool
+) -> Iterator[None]:
+    """Raise `InDoubt` when the connection is lost during a commit that stores events.
 
-    Raises:
-        CommitOutcomeUnknown: It could not be found out: the database stays away, or the sessions were deleted.
+    Whatever warning the server has left with, as one that crashes does: the transaction that finds out waits for the
+    same standby as the one in doubt did.
+
+    Args:
+        connection: What the commit is sent on.
+        heads: Of the requests' sessions, behind which it stores them.
+        decisions: What it stores.
+        may_come_late: Whether the locks are taken by what is sent with it.
     """
-    _log.warning("the connection was lost during a commit", events=len(doubt.events))
-    deadline = time.monotonic() + _RESOLVE
-    pause = 0.02
-    while any(not pending.answer.done() for pending, _ in doubt.decisions) and time.monotonic() < deadline:
-        try:
-            async with connections.lend() as connection:
-                if (answer := await _is_stored(connection, doubt.events)) is not None:
-                    return answer
-        except CommitOutcomeUnknown:
-            raise
-        except Exception as error:
-            _log.info("the outcome of a commit is still unknown", cause=repr(error.__cause__ or error))
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, 1.0)
-    raise CommitOutcomeUnknown
+    try:
+        yield
+    except psycopg.Error as error:
+        if connection.usable:
+            raise  # the server said that it failed
+        new = [
+            (pending, Attempt(decision.events, head.chain_hash, may_come_late))
+            for pending, decision in decisions
+            if isinstance(decision, Appended)
+            and (head := heads[pending.request.session_id]).last_server_seq < decision.events[0].server_seq
+        ]
+        if not new:
+            raise  # there was nothing to store
+        for pending, attempt in new:
+            pending.attempts += (attempt,)
+        _log.warning("the connection was lost during a commit", requests=len(new))
+        raise InDoubt from error
 
 
-async def _is_stored(connection: PipelineConnection, events: Sequence[Event]) -> bool | None:
-    """Tell whether a transaction took place that would have added these events, and give them their ids if it did.
+def look_for_attempts(batch: Sequence[Pending], states: Mapping[int, SessionState]) -> bool | None:
+    """Forget attempts that have not taken place and never will; tell whether one has, or None where there are none.
 
-    None when others hold their sessions just now. The lock of one is enough: once it is ours, the transaction in doubt
-    has ended, and no other has taken its numbers since.
+    Args:
+        batch: Requests.
+        states: The sessions that are locked, with what is stored where the attempts would have stored something. With
+            the lock ours, whoever held it before has ended; and no other has taken its numbers since.
     """
-    of_sessions = {session_id: list(some) for session_id, some in groupby(events, attrgetter("session_id"))}
-    locked = await appending.lock_sessions(connection, of_sessions, [])
-    first = next((some[0] for session_id, some in of_sessions.items() if session_id in locked.heads), None)
-    if first is None:
-        await connection.run(appending.ROLLBACK)
-        if locked.held:
-            return None
-        raise CommitOutcomeUnknown
-    stored = await appending.read_stored(
-        connection, [(session_id, some[0].server_seq, some[-1].server_seq) for session_id, some in of_sessions.items()]
-    )
-    await connection.run(appending.COMMIT)
-    refuse_warnings(connection)
-    there = stored.get((first.session_id, first.server_seq))
-    if there is None or there.chain_hash != first.chain_hash:
-        return False
-    if len(stored) < len(events):
-        raise CommitOutcomeUnknown  # a session has been deleted since
-    give_ids(events, [stored[event.session_id, event.server_seq].id for event in events])
-    return True
+    found = None
+    for pending in batch:
+        state = states.get(pending.request.session_id)
+        if not pending.attempts or state is None:
+            continue
+        if state.result_of(pending.attempts) is not None:
+            found = True
+            continue
+        found = found or False
+        pending.attempts = tuple(attempt for attempt in pending.attempts if attempt.may_come_late)
+        for attempt in pending.attempts:
+            attempt.was_looked_for = True
+    return found
 
 
-def give_ids(events: Sequence[Event], ids: Sequence[int]) -> None:
-    """Set the ids of events that have just been stored, and that nobody else has seen yet."""
-    for event, id_ in zip(events, ids, strict=True):
-        force_setattr(event, "id", id_)
+def doubt_refusals(decisions: Decisions, states: Mapping[int, SessionState]) -> list[tuple[Pending, Decision]]:
+    """Return decisions with an unknown outcome in the place of refusals of what may yet come, or may have come.
+
+    It may yet come as long as nothing else is stored behind the head that it would be stored behind.
+    """
+    return [
+        (pending, CommitOutcomeUnknown())
+        if not isinstance(decision, Appended) and _may_be_stored(pending, states.get(pending.request.session_id))
+        else (pending, decision)
+        for pending, decision in decisions
+    ]
+
+
+def _may_be_stored(pending: Pending, state: SessionState | None) -> bool:
+    if state is None:
+        return bool(pending.attempts)  # and its session was deleted since
+    return any(attempt.behind == state.head.chain_hash for attempt in pending.attempts)
 
 
 def refuse_warnings(connection: PipelineConnection) -> None:

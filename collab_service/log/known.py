@@ -1,7 +1,8 @@
 """What the sequencer knows of sessions without asking the database, which then only has to confirm it."""
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from msgspec import Struct
 
@@ -27,14 +28,21 @@ class KnownHeads:
     def __init__(self) -> None:
         self._known: OrderedDict[int, _Known] = OrderedDict()
 
-    def of(self, session_ids: Collection[int]) -> dict[int, Head] | None:
-        """Return the heads of sessions that nobody else seems to write into, by id; None when one is not known."""
+    def of(
+        self, session_ids: Collection[int], *, after: Mapping[int, Head] = MappingProxyType({})
+    ) -> dict[int, Head] | None:
+        """Return the heads of sessions that nobody else seems to write into, by id; None when one is not known.
+
+        Args:
+            session_ids: The sessions.
+            after: The heads that a transaction will leave that is under way.
+        """
         heads = {}
         for session_id in sorted(session_ids):
             known = self._known.get(session_id)
             if known is None or not known.ours:
                 return None
-            heads[session_id] = known.head
+            heads[session_id] = after.get(session_id, known.head)
         return heads
 
     def is_ours(self, session_id: int) -> bool:

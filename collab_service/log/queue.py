@@ -7,7 +7,7 @@ from itertools import islice
 
 from msgspec import Struct
 
-from collab_service.log.decide import AppendRequest, Decision
+from collab_service.log.decide import AppendRequest, Attempt, Decision
 from collab_service.model import QueueLimits
 from collab_service.model.errors import CommitOutcomeUnknown, Overloaded
 
@@ -36,8 +36,8 @@ class Pending(Struct, eq=False):
     """On the loop's clock: until when to wait for the session's row, once somebody else was found to hold it."""
     succession: Succession | None = None
     """The requests that it has to come behind of, if it is one of several."""
-    in_doubt: bool = False
-    """Whether a transaction with it may still take place, although it has not yet."""
+    attempts: tuple[Attempt, ...] = ()
+    """Those to store it that may have succeeded, or may yet."""
 
     @property
     def is_wanted(self) -> bool:
@@ -51,7 +51,7 @@ class Pending(Struct, eq=False):
         """
         if self.answer.done():
             return None
-        if self.in_doubt:
+        if self.attempts:
             error = CommitOutcomeUnknown()
         self.answer.set_exception(error)
         if self.succession is not None:

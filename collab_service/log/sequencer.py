@@ -19,30 +19,42 @@ What fails:
 
 * Before the commit was sent, nothing is stored. A conflict or a lost connection is tried again; an unexpected error
   makes the requests be tried one by one, so that a poisoned one takes no other down with it.
-* When the connection is lost during the commit, nobody knows its outcome. The session's lock is taken again: then the
-  old transaction has ended, one way or the other, and the event at our first number tells which. Until that is known
-  for certain, nothing is tried again. The one statement may have been cut off before it took its locks, and come late;
-  then it finds the numbers taken by the second attempt, and where that one fails, the outcome stays unknown.
+* When the connection is lost during the commit, nobody knows its outcome, and each request keeps what it would have
+  stored (`doubt`). The next transaction takes the session's lock: then the old one has ended, one way or the other, and
+  the event at our first number tells which. If it is not there, the same transaction stores the request once more.
+  The one statement may have been cut off before it took its locks, and come late: then either it is found, or it finds
+  the numbers taken; and where the second attempt fails, the outcome stays unknown.
 * A commit that comes with a warning was carried out here, but no longer waited for a synchronous standby. A fail-over
   could still lose it, so nobody is told that it is stored.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import repeat
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 
 import psycopg
 import structlog
+from msgspec.structs import force_setattr
 
 from collab_service.log.activity import ActivityWriter
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.connections import AppendConnections
 from collab_service.log.decide import Appended, AppendRequest, Decision, SessionState, replay_start
-from collab_service.log.doubt import Decisions, InDoubt, give_ids, refuse_warnings, took_place
+from collab_service.log.doubt import InDoubt, doubt_refusals, in_doubt_when_lost, look_for_attempts, refuse_warnings
 from collab_service.log.known import KnownHeads
+from collab_service.log.plan import (
+    Plan,
+    Written,
+    added,
+    decide_all,
+    events_of,
+    keys_of,
+    plan,
+    stored_of,
+    times_of,
+)
 from collab_service.log.queue import AppendQueue, Arrivals, Pending, Succession, add_if_wanted
 from collab_service.metrics import AppendMetrics
 from collab_service.model import Event, QueueLimits
@@ -54,7 +66,6 @@ from collab_service.model.errors import (
     LockTimeout,
     Overloaded,
     Reason,
-    SessionNotFound,
     ShuttingDown,
     TransactionConflict,
 )
@@ -69,8 +80,6 @@ _EVENT_BYTES = 256
 """What an event weighs in the queue besides its content, roughly."""
 _TRANSACTION_EVENTS = 1_000
 _TRANSACTION_BYTES = 8 * 1024 * 1024
-_NO_ID = 0
-"""Of an event that gets its id with the insert."""
 _ATTEMPTS = 3
 _LOCK_WAIT = 10.0
 """Seconds to wait for a session that somebody else holds."""
@@ -78,6 +87,10 @@ _LOCK_TURN = 0.2
 """Seconds of that at a time, so that a session that is stuck does not keep the others from waiting."""
 _HELD_SESSIONS = 4
 """Sessions to wait for at once, each with a connection."""
+_RESOLVE = 30.0
+"""Seconds to try to find out what became of a commit."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+"""Seconds between attempts to find out."""
 _LINGER = 0.05
 """Seconds without a request after which a session that was waited for is written together with the others again."""
 _GATHER = 0.012
@@ -124,6 +137,10 @@ class Sequencer:
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self._heads = KnownHeads()
+        self._next: list[Pending] = []
+        """What is written next, where it was taken while the last transaction was under way."""
+        self._plan: Plan | None = None
+        """What was planned for it."""
         self._writing: set[Pending] = set()
         self._wrote = asyncio.Event()
         self._connections = AppendConnections(database)
@@ -195,13 +212,14 @@ class Sequencer:
         self._closing = True
         try:
             async with asyncio.timeout(grace):
-                while self._writing or len(self._queue):
+                while self._writing or self._next or len(self._queue):
                     self._wrote.clear()
                     await self._wrote.wait()
         except TimeoutError:
             _log.warning("appends were cut off", waiting=len(self._queue), writing=len(self._writing))
         in_doubt = list(self._writing)
         await self._tasks.cancel()
+        self._put_back_next()
         self._fail(self._queue.take_all(), ShuttingDown())
         self._fail(in_doubt, CommitOutcomeUnknown())
         self._connections.close()
@@ -209,13 +227,32 @@ class Sequencer:
     async def _run(self) -> None:
         expected = 1
         while True:
-            await _gather(self._queue.arrivals, expected)
-            batch = self._queue.take(
-                events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES, sessions=self._limits.transaction_sessions
-            )
-            active = _events_of(batch)
+            if not self._next:
+                await _gather(self._queue.arrivals, expected)
+                self._next = self._take()
+            batch, self._next = self._next, []
+            active = events_of(batch)
             await self._write(batch)
             expected = active + self._queue.arrivals.ready
+
+    def _take(self) -> list[Pending]:
+        return self._queue.take(
+            events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES, sessions=self._limits.transaction_sessions
+        )
+
+    async def _plan_next(self, before: Plan) -> None:
+        """Take and plan what is written next while a transaction is under way, once it is as much as that one writes.
+
+        For fewer events it is not worth it: they would rather be joined by those that come until then.
+        """
+        await self._queue.arrivals.wait_for(len(before.events))
+        self._next = self._take()
+        heads = self._heads.of({pending.request.session_id for pending in self._next}, after=before.left)
+        self._plan = plan(self._next, heads, self._clock()) if heads else None
+
+    def _put_back_next(self) -> None:
+        self._queue.put_back(self._next)
+        self._next = []
 
     async def _write_held(self, session_id: int, arrivals: Arrivals) -> None:
         """Write what waits for one session apart, for as long as somebody else writes into it, too."""
@@ -224,7 +261,7 @@ class Sequencer:
             while await _gathered_in_time(arrivals, expected):
                 async with self._held_slots:
                     batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
-                    active = _events_of(batch)
+                    active = events_of(batch)
                     done = await self._write(batch, wait_seconds=_LOCK_TURN)
                 expected = active + arrivals.ready
                 if done and self._heads.is_ours(session_id):
@@ -243,12 +280,11 @@ class Sequencer:
         mine = list(batch)
         self._writing.update(mine)
         try:
-            if batch:
-                await self._write_with_retries(batch, wait_seconds)
+            written = await self._write_with_retries(batch, wait_seconds) if batch else None
         except LockTimeout as error:
             now = self._loop.time()
             for pending in batch:
-                pending.give_up_at = min(pending.give_up_at, now + _LOCK_WAIT)
+                pending.give_up_at = min(pending.give_up_at, now + (_RESOLVE if pending.attempts else _LOCK_WAIT))
             self._fail([pending for pending in batch if pending.give_up_at <= now], error)
             self._queue.put_back([pending for pending in batch if not pending.answer.done()])
             return False
@@ -260,6 +296,9 @@ class Sequencer:
             else:
                 _log.warning("an append transaction failed, its requests are tried one by one", cause=repr(error))
                 await self._write_one_by_one(batch, wait_seconds)
+        else:
+            if written is not None:
+                self._tell(written, batch)
         finally:
             self._writing.difference_update(mine)
             self._wrote.set()
@@ -278,37 +317,43 @@ class Sequencer:
                 first = [pending] if self._queue.remove(pending) else []
                 self._queue.put_back(first + behind)
 
-    async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> None:
+    async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> Written | None:
+        """Write requests in one transaction; None when nobody waits for them any more."""
         begun = perf_counter()
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempt, pause = 1, _FIRST_PAUSE
+        resolve_until: float | None = None
+        while True:
             try:
-                await self._transact(batch, wait_seconds, begun)
-                return
-            except InDoubt as doubt:
-                if await self._took_place(doubt):
-                    self._answer(doubt.decisions, doubt.events, _times_of(doubt.events))
-                    self._observe(doubt.decisions, doubt.events, begun, begun)
-                    return
-                _log.info("the commit in doubt did not take place")
-                for pending in batch:
-                    pending.in_doubt |= doubt.may_come_late
-            except (TransactionConflict, DatabaseUnreachable) as error:
-                if attempt == _ATTEMPTS:
+                return await self._transact(batch, wait_seconds, begun)
+            except InDoubt:
+                now = self._loop.time()
+                if resolve_until is not None and now >= resolve_until:
+                    raise CommitOutcomeUnknown from None
+                resolve_until = resolve_until or now + _RESOLVE
+                self._heads.doubt({pending.request.session_id for pending in batch})
+            except (LockTimeout, CommitOutcomeUnknown):
+                raise
+            except Exception as error:
+                cause = repr(error.__cause__ or error)
+                if any(not attempt.was_looked_for for pending in batch for attempt in pending.attempts):
+                    # Whatever goes wrong while it is not known what became of a commit, the answer is no guess.
+                    resolve_until = resolve_until or self._loop.time() + _RESOLVE
+                    if self._loop.time() >= resolve_until:
+                        raise CommitOutcomeUnknown from error
+                    _log.info("the outcome of a commit is still unknown", cause=cause)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                elif isinstance(error, TransactionConflict | DatabaseUnreachable) and attempt < _ATTEMPTS:
+                    _log.info("an append transaction is tried again", cause=cause)
+                    attempt += 1
+                else:
                     raise
-                _log.info("an append transaction is tried again", cause=repr(error.__cause__ or error))
+            batch[:] = [pending for pending in batch if not pending.answer.done()]
+            if not batch:
+                return None
             self._metrics.retried()
-        raise DatabaseUnreachable
 
-    async def _took_place(self, doubt: InDoubt) -> bool:
-        try:
-            answer = await took_place(doubt, self._connections)
-        except CommitOutcomeUnknown:
-            self._metrics.in_doubt(None)
-            raise
-        self._metrics.in_doubt(answer)
-        return answer
-
-    async def _transact(self, batch: list[Pending], wait_seconds: float | None, begun: float) -> None:
+    async def _transact(self, batch: list[Pending], wait_seconds: float | None, begun: float) -> Written:
         """Write `batch` in one transaction. What is put off or no longer wanted is taken out of the list.
 
         Args:
@@ -316,82 +361,96 @@ class Sequencer:
             wait_seconds: How long to wait for sessions that others hold; None puts their requests off.
             begun: When the first attempt began, by `time.perf_counter`.
         """
-        keys = _keys_of(batch)
+        keys = keys_of(batch)
         if len(set(keys)) < len(keys):
             self._put_off_repeated_keys(batch)
-            keys = _keys_of(batch)
+            keys = keys_of(batch)
         async with self._connections.lend() as connection:
-            if await self._transact_on_known_heads(connection, batch, begun):
-                return
+            if not any(pending.attempts for pending in batch):
+                written = await self._transact_on_known_heads(connection, batch, begun, ahead=wait_seconds is None)
+                if written is not None:
+                    return written
             locked = await appending.lock_sessions(
                 connection,
                 {pending.request.session_id for pending in batch},
                 keys,
-                new_ids=_events_of(batch),
+                new_ids=events_of(batch),
                 wait_seconds=wait_seconds,
             )
             self._put_off(batch, locked.held)
             batch[:] = [pending for pending in batch if not pending.answer.done()]
             states = {session_id: SessionState(session_id, head) for session_id, head in locked.heads.items()}
-            if locked.known_keys:
-                for (session_id, key), server_seq in locked.known_keys.items():
-                    if session_id in states:
-                        states[session_id].known_keys[key] = server_seq
-                await _read_replayed(connection, batch, states)
-            decisions = self._decide(batch, states, iter(locked.ids))
-            events = _added(states)
-            times = _times_of(events)
+            for (session_id, key), server_seq in locked.known_keys.items():
+                if session_id in states:
+                    states[session_id].known_keys[key] = server_seq
+            await _read_stored(connection, batch, states)
+            took_place = look_for_attempts(batch, states)
+            if took_place is not None:
+                self._metrics.in_doubt(took_place)
+                _log.info("the commit in doubt was looked for", took_place=took_place)
+            decisions = decide_all(batch, states, self._clock(), iter(locked.ids))
+            events = added(states.values())
+            known = events
+            if any(pending.attempts for pending in batch):
+                decisions = doubt_refusals(decisions, states)
+                known = stored_of(decisions)
+            times = times_of(known)
             active = self._activity.due(times)
-            if events or any(isinstance(decision, Appended) for _, decision in decisions):
-                # Also when it holds nothing but replays: what they found is acknowledged, so it has to be everywhere
-                # where a commit waits for it to be.
+            if any(isinstance(decision, Appended) for _, decision in decisions):
+                # Also when it holds nothing new: what it found is acknowledged, so it has to be everywhere where a
+                # commit waits for it to be.
                 sent: float | None = perf_counter()
-                with _in_doubt_when_lost(connection, events, decisions, may_come_late=False):
+                with in_doubt_when_lost(connection, locked.heads, decisions, may_come_late=False):
                     await appending.insert_and_commit(connection, events, active=active)
                 refuse_warnings(connection)
             else:
                 sent = None
                 await connection.run(appending.ROLLBACK)
-        for session_id, state in states.items():
-            self._heads.wrote(session_id, found=locked.heads[session_id], head=state.head)
-        self._answer(decisions, events, times, active)
-        if sent is not None:
-            self._observe(decisions, events, begun, sent)
+        heads = [(session_id, locked.heads[session_id], state.head) for session_id, state in states.items()]
+        return Written(decisions, known, None, heads, active, begun, sent)
 
     async def _transact_on_known_heads(
-        self, connection: PipelineConnection, batch: list[Pending], begun: float
-    ) -> bool:
-        """Write a batch in one round trip, if nobody else has written into its sessions lately; tell whether it was.
+        self, connection: PipelineConnection, batch: list[Pending], begun: float, *, ahead: bool
+    ) -> Written | None:
+        """Write a batch in one round trip, if nobody else has written into its sessions lately; None if it was not.
 
         Decides on the heads as this process has left them, and lets the insert find out whether that is still true.
         Nothing but a plain success is decided that way: whatever needs a look into the table is left to it.
+
+        Args:
+            connection: What to write on.
+            batch: The requests.
+            begun: When the first attempt began, by `time.perf_counter`.
+            ahead: Whether to plan what is written next meanwhile.
         """
         heads = self._heads.of({pending.request.session_id for pending in batch})
         if not heads:
-            return False
-        states = {session_id: SessionState(session_id, head) for session_id, head in heads.items()}
-        decisions = self._decide(batch, states, repeat(_NO_ID))
-        if not all(isinstance(decision, Appended) for _, decision in decisions):
-            return False
-        events = _added(states)
-        times = _times_of(events)
-        active = self._activity.due(times)
+            return None
+        planned, self._plan = self._plan, None
+        if planned is None or not planned.is_for(batch, heads):
+            planned = plan(batch, heads, self._clock())
+        if planned is None:
+            return None
+        active = self._activity.due(times_of(planned.events))
         sent = perf_counter()
+        ids = None
+        planning = self._loop.create_task(self._plan_next(planned)) if ahead and planned.is_large else None
         try:
-            with _in_doubt_when_lost(connection, events, decisions, may_come_late=True):
-                ids = await appending.insert_behind_heads(connection, heads, events, active=active)
+            with in_doubt_when_lost(connection, heads, planned.decisions, may_come_late=True):
+                ids = await appending.insert_behind_heads(connection, planned.insert, active=active)
         except psycopg.errors.UniqueViolation:  # a number is taken, or a key is known
-            ids = None
+            pass
+        finally:
+            if planning is not None:
+                planning.cancel()
+                if ids is None:
+                    self._put_back_next()  # it comes behind what was not written
         if ids is None:
             self._heads.doubt(heads)
-            return False
+            return None
         refuse_warnings(connection)
-        give_ids(events, ids)
-        for session_id, state in states.items():
-            self._heads.wrote(session_id, found=heads[session_id], head=state.head)
-        self._answer(decisions, events, times, active)
-        self._observe(decisions, events, begun, sent)
-        return True
+        left = [(session_id, heads[session_id], head) for session_id, head in planned.left.items()]
+        return Written(planned.decisions, planned.events, ids, left, active, begun, sent)
 
     def _put_off_repeated_keys(self, batch: list[Pending]) -> None:
         """Leave a request with a key that another in the batch has to a later transaction, which can look it up.
@@ -420,58 +479,51 @@ class Sequencer:
             arrivals = self._queue.hold(session_id)
             self._tasks.spawn(self._write_held(session_id, arrivals), f"append-to-held-session-{session_id}")
 
-    def _decide(self, batch: Sequence[Pending], states: Mapping[int, SessionState], ids: Iterator[int]) -> Decisions:
-        """Decide on each request, one after the other; `ids` are for the new events."""
-        now = self._clock()
-        decisions: list[tuple[Pending, Decision]] = []
-        for pending in batch:
-            request = pending.request
-            state = states.get(request.session_id)
-            if state is None:
-                decisions.append((pending, SessionNotFound(session_id=request.session_id)))
-            else:
-                decisions.append((pending, state.decide(request, pending.digests, now, ids)))
-        return decisions
+    def _tell(self, written: Written, batch: Sequence[Pending]) -> None:
+        """Tell everybody in a batch what became of their request.
 
-    def _answer(
-        self, decisions: Decisions, stored: Sequence[Event], times: Mapping[int, int], active: Collection[int] = ()
-    ) -> None:
-        """Tell everybody what became of their request; the transaction is committed.
-
-        Args:
-            decisions: What to tell.
-            stored: The new events.
-            times: The time of the newest of them in each session.
-            active: The sessions whose activity was written with them.
+        It is committed, so nothing of this may be tried again: an error here is the end of the process.
         """
-        if stored:
-            self._activity.note(times, active)
-            self._on_stored(stored)
-        for pending, decision in decisions:
+        try:
+            self._tell_all(written)
+        except Exception:
+            self._fail(batch, CommitOutcomeUnknown())
+            raise
+
+    def _tell_all(self, written: Written) -> None:
+        events = written.events
+        if written.ids is not None:
+            for event, id_ in zip(events, written.ids, strict=True):
+                force_setattr(event, "id", id_)  # nobody has seen it yet
+        for session_id, found, left in written.heads:
+            self._heads.wrote(session_id, found=found, head=left)
+        if events:
+            self._activity.note(times_of(events), written.active)
+            self._on_stored(events)
+        for pending, decision in written.decisions:
             if not isinstance(decision, Appended):
                 self._metrics.refused(decision.reason)
-            if not pending.answer.done():
+            if isinstance(decision, CommitOutcomeUnknown):
+                pending.fail(decision)
+            elif not pending.answer.done():
                 pending.answer.set_result(decision)
+        if written.sent is not None:
+            self._observe(written, written.sent)
 
     def _fail(self, batch: Sequence[Pending], error: Exception) -> None:
         """Tell everybody that their request was not carried out."""
         for pending in batch:
             told = pending.fail(error)
             if told is not None:
+                if pending.attempts:
+                    self._metrics.in_doubt(None)
                 self._metrics.refused(told.reason if isinstance(told, CollabError) else Reason.INTERNAL)
 
-    def _observe(self, decisions: Decisions, events: Sequence[Event], begun: float, sent: float) -> None:
-        """Let the metrics see a transaction that is committed.
-
-        Args:
-            decisions: What was decided.
-            events: What was stored.
-            begun: When the first attempt began, by `time.perf_counter`.
-            sent: When the commit was sent.
-        """
+    def _observe(self, written: Written, sent: float) -> None:
+        """Let the metrics see a transaction whose commit was `sent`."""
         now = perf_counter()
         stored = replayed = size = 0
-        for pending, decision in decisions:
+        for pending, decision in written.decisions:
             if isinstance(decision, Appended):
                 replayed += decision.replayed
                 stored += not decision.replayed
@@ -479,10 +531,10 @@ class Sequencer:
         self._metrics.transaction(
             stored=stored,
             replayed=replayed,
-            events=len(events),
+            events=len(written.events),
             size=size,
-            waited_seconds=begun - min(pending.since for pending, _ in decisions),
-            seconds=now - begun,
+            waited_seconds=written.begun - min(pending.since for pending, _ in written.decisions),
+            seconds=now - written.begun,
             commit_seconds=now - sent,
         )
 
@@ -512,50 +564,18 @@ async def _gathered_in_time(arrivals: Arrivals, expected: int) -> bool:
     return True
 
 
-@contextmanager
-def _in_doubt_when_lost(
-    connection: PipelineConnection, events: Sequence[Event], decisions: Decisions, *, may_come_late: bool
-) -> Iterator[None]:
-    """Raise `InDoubt` when the connection is lost during a commit that stores events.
-
-    Whatever warning the server has left with, as one that crashes does: the transaction that finds out waits for the
-    same standby as the one in doubt did.
-    """
-    try:
-        yield
-    except psycopg.Error as error:
-        if connection.usable or not events:
-            raise  # the server said that it failed, or there was nothing to store
-        raise InDoubt(events, decisions, may_come_late=may_come_late) from error
-
-
-def _added(states: Mapping[int, SessionState]) -> list[Event]:
-    return [event for state in states.values() for event in state.added]
-
-
-def _times_of(events: Sequence[Event]) -> dict[int, int]:
-    """Return the time of the newest event of each session, in microseconds."""
-    return {event.session_id: event.created_at for event in events}
-
-
-def _events_of(batch: Sequence[Pending]) -> int:
-    return sum(len(pending.request.events) for pending in batch)
-
-
-def _keys_of(batch: Sequence[Pending]) -> list[tuple[int, str]]:
-    return [(pending.request.session_id, key) for pending in batch for _, key in pending.request.idempotency_keys()]
-
-
-async def _read_replayed(
+async def _read_stored(
     connection: PipelineConnection, batch: Sequence[Pending], states: Mapping[int, SessionState]
 ) -> None:
-    """Read the stored events that requests with a known key may be replays of."""
+    """Read the stored events that requests may be replays of, or that earlier attempts to store them have left."""
     ranges = []
     for pending in batch:
         state = states.get(pending.request.session_id)
-        if state is not None and (known := state.known_places(pending.request)):
-            first = replay_start(known)
-            ranges.append((state.session_id, first, first + len(pending.request.events) - 1))
+        if state is not None:
+            firsts = [attempt.events[0].server_seq for attempt in pending.attempts]
+            if known := state.known_places(pending.request):
+                firsts.append(replay_start(known))
+            ranges += [(state.session_id, first, first + len(pending.request.events) - 1) for first in firsts]
     if ranges:
         for (session_id, server_seq), event in (await appending.read_stored(connection, ranges)).items():
             states[session_id].stored[server_seq] = event

@@ -7,9 +7,9 @@ length -1 being a NULL (`array_recv` in PostgreSQL's src/backend/utils/adt/array
 timestamptz is the microseconds since 2000.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.adapt import Buffer, Loader
@@ -23,62 +23,54 @@ INT8_ARRAY, TEXT_ARRAY, BYTEA_ARRAY, TIMESTAMPTZ_ARRAY = 1016, 1009, 1001, 1185
 _NULL = b"\xff\xff\xff\xff"
 _POSTGRES_EPOCH = 946_684_800_000_000
 
+T = TypeVar("T")
+
 _header = Struct(">iiIii").pack
 _length = Struct(">i").pack
 _read_sized_int8 = Struct(">iq").iter_unpack
 _HEADER_BYTES = 20
-_sized_int8 = Struct(">iq").pack
+_length_and_int8 = Struct(">iq").pack
 
 
-def _array(element: int, count: int, elements: bytes) -> bytes:
-    return _header(1, 1, element, count, 1) + elements
-
-
-def _are_equal(values: Sequence[object]) -> bool:
-    """Tell whether all values are the same, as they often are in a batch; ends at the first that is not."""
-    return list(values[:1]) * len(values) == values
+def _array(element: int, values: Sequence[T], pack: Callable[[T], bytes]) -> bytes:
+    first = list(values[:1])
+    if first and first * len(values) == list(values):  # as in many batches; it ends at the first that is another
+        packed = pack(first[0]) * len(values)
+    else:
+        packed = b"".join(map(pack, values))
+    return _header(1, 1, element, len(values), 1) + packed
 
 
 def int8_array(values: Sequence[int | None]) -> bytes:
     """Pack an `int8[]`."""
-    return _array(INT8, len(values), _int8_elements(values))
+    return _array(INT8, values, _sized_int8)
 
 
 def timestamptz_array(micros: Sequence[int]) -> bytes:
     """Pack a `timestamptz[]` from microseconds of the Unix epoch."""
-    return _array(_TIMESTAMPTZ, len(micros), _int8_elements([value - _POSTGRES_EPOCH for value in micros]))
-
-
-def _int8_elements(values: Sequence[int | None]) -> bytes:
-    if values and _are_equal(values):
-        return _int8_element(values[0]) * len(values)
-    return b"".join(map(_int8_element, values))
-
-
-def _int8_element(value: int | None) -> bytes:
-    return _NULL if value is None else _sized_int8(8, value)
+    return _array(_TIMESTAMPTZ, [value - _POSTGRES_EPOCH for value in micros], _sized_int8)
 
 
 def bytea_array(values: Sequence[bytes | None]) -> bytes:
     """Pack a `bytea[]`."""
-    if values and _are_equal(values):
-        return _array(_BYTEA, len(values), _bytea_element(values[0]) * len(values))
-    return _array(_BYTEA, len(values), b"".join(map(_bytea_element, values)))
-
-
-def _bytea_element(value: bytes | None) -> bytes:
-    return _NULL if value is None else _length(len(value)) + value
+    return _array(_BYTEA, values, _sized_bytes)
 
 
 def text_array(values: Sequence[str | None]) -> bytes:
     """Pack a `text[]`."""
-    if values and _are_equal(values):
-        return _array(TEXT, len(values), _text_element(values[0]) * len(values))
-    return _array(TEXT, len(values), b"".join(map(_text_element, values)))
+    return _array(TEXT, values, _sized_text)
 
 
-def _text_element(value: str | None) -> bytes:
-    return _NULL if value is None else _length(len(encoded := value.encode())) + encoded
+def _sized_int8(value: int | None) -> bytes:
+    return _NULL if value is None else _length_and_int8(8, value)
+
+
+def _sized_bytes(value: bytes | None) -> bytes:
+    return _NULL if value is None else _length(len(value)) + value
+
+
+def _sized_text(value: str | None) -> bytes:
+    return _NULL if value is None else _sized_bytes(value.encode())
 
 
 def int8(value: int) -> bytes:

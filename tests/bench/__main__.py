@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -385,6 +386,7 @@ def main() -> int:
     parser.add_argument("--large", action="store_true", help="let growth go on to 10,000,000 events")
     parser.add_argument("--results", type=Path, default=Path("bench-results"), help="where to write what was found")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
     with running_cluster() as (cluster, directory):
         report = Report(machine(cluster), datetime.now(UTC))
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from collab_service.log import doubt
+from collab_service.log import sequencer
 from collab_service.log.decide import Appended
 from collab_service.model import NewEvent
 from collab_service.model.errors import CommitOutcomeUnknown
@@ -19,7 +19,7 @@ from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from tests.log.conftest import StartService
 from tests.log.logs import append, new_session, read_checked
-from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS, PostgresProxy
+from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS, LOCKING, PostgresProxy
 from tests.waiting import until
 
 _SLOW_FIRST_COMMIT = """
@@ -118,6 +118,100 @@ async def test_a_statement_that_comes_too_late(start_service: StartService, prox
     assert [e.content.type for e in await read_checked(reader, session_id)] == ["before", "before", "once", "next"]
 
 
+@pytest.mark.parametrize("slowly", [False, True], ids=["before it", "while it waits"])
+@pytest.mark.parametrize(
+    ("key", "expected"), [(None, None), (None, 2), ("k", None)], ids=["plain", "on a condition", "with a key"]
+)
+async def test_a_statement_that_comes_late_but_before_the_second_attempt(
+    start_service: StartService,
+    proxy: PostgresProxy,
+    database_url: str,
+    slowly: bool,
+    key: str | None,
+    expected: int | None,
+) -> None:
+    """What comes late is the answer, also when it comes at the last moment: each event is stored once."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    for _ in range(2):
+        await append(service, session_id, NewEvent(type="before"))
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
+        await connection.execute("SELECT pg_advisory_lock(7)")
+        await connection.execute(
+            "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " PERFORM pg_advisory_xact_lock(7); RETURN NEW; END $$"
+        )
+        await connection.execute(
+            "CREATE TRIGGER stop BEFORE INSERT ON collab_events FOR EACH ROW EXECUTE FUNCTION stop()"
+        )
+
+        async def waits_for(kind: str) -> bool:
+            waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = %s"
+            return await (await connection.execute(waiting, (kind,))).fetchone() is not None
+
+        async def arrive() -> None:
+            proxy.send_what_is_late()
+            await until(lambda: waits_for("advisory"), "the late statement")
+            if not slowly:
+                await connection.execute("SELECT pg_advisory_unlock(7)")
+                await until(has_come, "the late event")
+
+        async def has_come() -> bool:
+            return len(await read_checked(reader, session_id)) == 3
+
+        proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
+        proxy.before_anybody_says(LOCKING, arrive)
+        sent = NewEvent(type="once", idempotency_key=key)
+        appending = asyncio.create_task(append(service, session_id, sent, expected=expected))
+        if slowly:
+            await until(lambda: waits_for("transactionid"), "the second attempt")
+            await connection.execute("SELECT pg_advisory_unlock(7)")
+        appended = await appending
+    assert proxy.cuts == 1
+    assert not appended.replayed
+    assert (await read_checked(reader, session_id))[2:] == appended.events
+
+
+@pytest.mark.parametrize("expected", [None, 2], ids=["plain", "on a condition"])
+async def test_a_statement_that_comes_late_between_two_transactions(
+    start_service: StartService, proxy: PostgresProxy, expected: int | None
+) -> None:
+    """When a transaction ends that has looked for it, it can no longer come: each event is stored once."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    for _ in range(2):
+        await append(service, session_id, NewEvent(type="before"))
+    proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
+    proxy.before_anybody_says(COMMITTED, proxy.send_what_is_late_and_wait)
+    appended = await append(service, session_id, NewEvent(type="once"), expected=expected)
+    assert proxy.cuts == 1
+    assert (await read_checked(reader, session_id))[2:] == appended.events
+
+
+async def test_a_refusal_of_what_may_still_come(start_service: StartService, proxy: PostgresProxy) -> None:
+    """What a later attempt would refuse may still be stored by an earlier one: nobody is told "none"."""
+    service, reader = start_service(proxy.url), start_service()
+    session_id = await new_session(service)
+    for _ in range(2):
+        await append(service, session_id, NewEvent(type="before"))
+    first = asyncio.create_task(append(service, session_id, NewEvent(type="first")))
+    second = asyncio.create_task(append(service, session_id, NewEvent(type="second"), expected=3))
+
+    async def leave() -> None:
+        first.cancel()
+
+    proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
+    proxy.before_anybody_says(LOCKING, leave)
+    with pytest.raises(CommitOutcomeUnknown):
+        await second
+    proxy.send_what_is_late()
+
+    async def has_come() -> bool:
+        return len(await read_checked(reader, session_id)) == 4
+
+    await until(has_come, "the late events")
+
+
 async def test_trouble_while_finding_out_is_no_answer(
     start_service: StartService, proxy: PostgresProxy, database_url: str
 ) -> None:
@@ -191,7 +285,7 @@ async def test_unknown_only_when_the_database_stays_away(
     start_service: StartService, proxy: PostgresProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only with the database away for long is the outcome unknown; a retry with the key then finds the event."""
-    monkeypatch.setattr(doubt, "_RESOLVE", 0.3)
+    monkeypatch.setattr(sequencer, "_RESOLVE", 0.3)
     service, reader = start_service(proxy.url), start_service()
     session_id = await new_session(service)
     event = NewEvent(idempotency_key="k")

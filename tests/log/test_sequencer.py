@@ -3,14 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
 
+from collab_service.config import Config
 from collab_service.log.decide import Appended
 from collab_service.log.service import LogService
 from collab_service.model import NewEvent, QueueLimits
 from collab_service.model.errors import (
+    CommitOutcomeUnknown,
     IdempotencyKeyReused,
     Overloaded,
     ServerSeqConflict,
@@ -18,7 +21,7 @@ from collab_service.model.errors import (
     ShuttingDown,
 )
 from tests.log.conftest import StartService
-from tests.log.logs import append, new_session, read_all, read_checked
+from tests.log.logs import append, new_session, read_all, read_checked, unseen
 from tests.waiting import until
 
 
@@ -326,3 +329,23 @@ async def test_stuck_sessions_do_not_keep_a_held_one_waiting(service: LogService
             await free
         assert not any(task.done() for task in waiting)
     await asyncio.gather(*waiting)
+
+
+async def test_trouble_after_the_commit_is_not_tried_again(
+    database_url: str, start_service: StartService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is committed is stored once, whatever breaks in telling so; the process ends, and the outcome is unknown."""
+    died = asyncio.Event()
+    service = LogService(Config(data_dir=Path("/nonexistent")), database_url, metrics=unseen(), on_death=died.set)
+    service.start()
+    session_id = await new_session(service)
+
+    def break_down(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service._tails, "feed", break_down)
+    results = await asyncio.gather(*(append(service, session_id, event(n)) for n in range(2)), return_exceptions=True)
+    assert [type(result) for result in results] == [CommitOutcomeUnknown, CommitOutcomeUnknown]
+    await died.wait()
+    await service.stop(0)
+    assert [e.content for e in await read_checked(start_service(), session_id)] == [event(0), event(1)]

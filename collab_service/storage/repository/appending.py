@@ -297,15 +297,29 @@ async def insert_and_commit(
     await connection.run(*commands)
 
 
+def behind_heads(heads: Mapping[int, Head], events: Sequence[Event]) -> Command:
+    """Return what inserts events if their sessions' heads are those given, for `insert_behind_heads`.
+
+    Args:
+        heads: The head of each session.
+        events: At least one, ordered by session and number; their ids are not looked at.
+    """
+    known = [
+        int8_array(list(heads)),
+        int8_array([head.last_server_seq for head in heads.values()]),
+        bytea_array([head.chain_hash for head in heads.values()]),
+    ]
+    return Command(_INSERT_BEHIND_HEADS, [*_columns(events), *known])
+
+
 async def insert_behind_heads(
-    connection: PipelineConnection, heads: Mapping[int, Head], events: Sequence[Event], *, active: Mapping[int, int]
+    connection: PipelineConnection, insert: Command, *, active: Mapping[int, int]
 ) -> list[int] | None:
-    """Insert events in a transaction of their own, in one round trip, if their sessions' heads are those given.
+    """Insert events in a transaction of their own, in one round trip, if their sessions' heads are as expected.
 
     Args:
         connection: A connection without a transaction.
-        heads: The head of each session; none of them is empty.
-        events: At least one, ordered by session and number; their ids are not looked at.
+        insert: Made by `behind_heads`.
         active: Times to write as those of the sessions' last activity, in microseconds.
 
     Returns:
@@ -315,12 +329,6 @@ async def insert_behind_heads(
         psycopg.errors.UniqueViolation: A number is taken, or an idempotency key is known. Nothing was inserted.
         psycopg.Error: It failed. If the connection is still usable, nothing was committed; otherwise nobody knows.
     """
-    known = [
-        int8_array(list(heads)),
-        int8_array([head.last_server_seq for head in heads.values()]),
-        bytea_array([head.chain_hash for head in heads.values()]),
-    ]
-    insert = Command(_INSERT_BEHIND_HEADS, [*_columns(events), *known])
     inserted, *_ = await connection.run(insert, *_touch(active))
     ids = inserted.get_value(0, 0)
     return None if ids is None else read_int8_array(ids)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Row, and_, func, literal, select, text, true, tuple_, update
+from sqlalchemy import BigInteger, ColumnElement, Row, and_, func, literal, select, text, true, tuple_, update
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -107,7 +107,7 @@ async def touch_session(connection: AsyncConnection, session_id: int, now: int) 
 
 
 async def record_activity(connection: AsyncConnection, times: Mapping[int, int], *, wait: bool = True) -> list[int]:
-    """Move sessions' activity forward to the given times, never back; return the ids of those that it was done for.
+    """Move sessions' activity forward to the given times, never back, where there are such sessions.
 
     The rows are locked in the order of their ids, as appending does, so that nobody can deadlock.
 
@@ -115,6 +115,9 @@ async def record_activity(connection: AsyncConnection, times: Mapping[int, int],
         connection: Where to.
         times: Microseconds by session id.
         wait: Wait for rows that others hold; otherwise leave them out.
+
+    Returns:
+        The ids of those that were left out.
     """
     ids = await _lock_sessions(connection, list(times), wait=wait)
     given = select(
@@ -126,17 +129,21 @@ async def record_activity(connection: AsyncConnection, times: Mapping[int, int],
         .values(last_active=given.c.at)
         .where(sessions.c.id == given.c.id, sessions.c.last_active < given.c.at)
     )
-    return ids
+    left_out = list(times.keys() - ids)
+    if wait or not left_out:
+        return []
+    return list((await connection.execute(select(sessions.c.id).where(_are_there(left_out)))).scalars())
 
 
 async def _lock_sessions(connection: AsyncConnection, ids: Sequence[int], *, wait: bool) -> list[int]:
     statement = (
-        select(sessions.c.id)
-        .where(sessions.c.id == func.any(literal(list(ids), ARRAY(BigInteger))), sessions.c.deleted_at.is_(None))
-        .order_by(sessions.c.id)
-        .with_for_update(skip_locked=not wait)
+        select(sessions.c.id).where(_are_there(ids)).order_by(sessions.c.id).with_for_update(skip_locked=not wait)
     )
     return list((await connection.execute(statement)).scalars())
+
+
+def _are_there(ids: Sequence[int]) -> ColumnElement[bool]:
+    return and_(sessions.c.id == func.any(literal(list(ids), ARRAY(BigInteger))), sessions.c.deleted_at.is_(None))
 
 
 async def mark_deleted(connection: AsyncConnection, session_id: int, now: int) -> bool:
