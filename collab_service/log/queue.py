@@ -164,17 +164,21 @@ class AppendQueue:
         Raises:
             Overloaded: There is no room. Nothing was added.
         """
-        room = self._full(pending)
+        self.check_room(pending.request.session_id, pending.size)
+        self._append(pending)
+
+    def check_room(self, session_id: int, size: int) -> None:
+        """Raise `Overloaded` if there is no room for a request of so many bytes."""
+        room = self._full(session_id, size)
         if room is self._room:
             raise Overloaded("too many appends are waiting on this server")
         if room is not None:
             raise Overloaded("too many appends are waiting for this session")
-        self._append(pending)
 
     async def put_when_there_is_room(self, pending: Pending) -> None:
         """Add a request at the end of its session's line, as soon as there is room."""
         waited_in: _Room | None = None
-        while (room := self._full(pending)) is not None:
+        while (room := self._full(pending.request.session_id, pending.size)) is not None:
             waited_in = room
             await room.wait()
         self._append(pending)
@@ -277,17 +281,22 @@ class AppendQueue:
         self._ready.clear()
         return everything
 
-    def _full(self, pending: Pending) -> _Room | None:
-        """Return where there is no room for a request: here, or in its session's line; None when there is."""
+    def _full(self, session_id: int, size: int) -> _Room | None:
+        """Return where there is no room for a request: here, or in its session's line; None when there is.
+
+        No session may take more than it leaves to the others. So however many are stuck, there is room for one more.
+        """
         limits = self._limits
-        if self._requests >= limits.requests or (self._size and self._size + pending.size > limits.bytes):
+        if self._requests >= limits.requests or (self._size and self._size + size > limits.bytes):
             return self._room
-        session_id = pending.request.session_id
         line = self._ready.get(session_id) or self._held.get(session_id)
         if (
             line is not None
             and line.pending
-            and (len(line.pending) >= limits.session_requests or line.size + pending.size > limits.session_bytes)
+            and (
+                len(line.pending) >= min(limits.session_requests, limits.requests - self._requests)
+                or line.size + size > min(limits.session_bytes, limits.bytes - self._size)
+            )
         ):
             return line.room
         return None

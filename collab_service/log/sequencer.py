@@ -160,11 +160,8 @@ class Sequencer:
             ShuttingDown: `stop` was called.
         """
         pending = self._pending(request, None)
-        try:
-            self._queue.put(pending)
-        except Overloaded as error:
-            self._metrics.refused(error.reason)
-            raise
+        self.check_room(request.session_id, pending.size)
+        self._queue.put(pending)
         try:
             decision = await pending.answer
         except asyncio.CancelledError:
@@ -173,6 +170,14 @@ class Sequencer:
         if isinstance(decision, Appended):
             return decision
         raise decision
+
+    def check_room(self, session_id: int, size: int) -> None:
+        """Raise `Overloaded` if there is no room for an append of so many bytes, which need not be looked at then."""
+        try:
+            self._queue.check_room(session_id, size)
+        except Overloaded as error:
+            self._metrics.refused(error.reason)
+            raise
 
     async def submit(self, request: AppendRequest, succession: Succession) -> Pending:
         """Let a request wait to be written, as soon as there is room for it; its `answer` tells what became of it.

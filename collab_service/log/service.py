@@ -208,6 +208,10 @@ class LogService:
         """Let an append wait to be written, as soon as there is room for it; see `Sequencer.submit`."""
         return self._sequencer.submit(request, succession)
 
+    def check_room(self, session_id: int, size: int) -> None:
+        """Raise `Overloaded` if there is no room for an append; see `Sequencer.check_room`."""
+        self._sequencer.check_room(session_id, size)
+
     def withdraw(self, pending: Pending) -> None:
         """Give up on an append; see `Sequencer.withdraw`."""
         self._sequencer.withdraw(pending)

@@ -39,7 +39,7 @@ class QueueLimits:
     requests: int = 4_096
     bytes: int = 64 * 1024 * 1024
     session_requests: int = 2_048
-    """Of one session, so that a session that is stuck leaves room for the others."""
+    """Of one session, which may not take more than it leaves free either, so that those that are stuck leave room."""
     session_bytes: int = 16 * 1024 * 1024
     transaction_sessions: int = 1_000
     """Sessions that one append transaction may span."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-_REQUESTS = 256
+_REQUESTS = 1_024
 """Requests that may be received at once, however small they usually are."""
 _PATIENCE = 5.0
 """Seconds after which a request that has not come in full gives up its place to another."""
@@ -28,11 +28,17 @@ class Handlers(NamedTuple):
 class Admission(grpc.GenericRpcHandler):
     """Chooses how a call is handled, in the task of the call, when nothing but its headers has come."""
 
-    def __init__(self, max_bytes: int) -> None:
-        """Admit calls while those in progress hold fewer bytes of requests than `max_bytes`."""
+    def __init__(self, *, held: int, received: int) -> None:
+        """Admit calls up to two bounds.
+
+        Args:
+            held: Bytes of requests that calls in progress may hold.
+            received: Bytes of requests that may be received at once.
+        """
         self.methods: dict[str, Handlers] = {}
         """By path."""
-        self._max_bytes = max_bytes
+        self._max_held = held
+        self._max_received = received
         self._held = 0
         self._usual = 1.0
         """Bytes of a request of late: how large one is going to be is not known before it has come."""
@@ -56,12 +62,12 @@ class Admission(grpc.GenericRpcHandler):
             self._held += size
 
     def _admit(self) -> bool:
-        if self._held >= self._max_bytes:
+        if self._held >= self._max_held:
             return False
         task = asyncio.current_task()
         assert task is not None
         now = task.get_loop().time()
-        if len(self._receiving) >= min(_REQUESTS, self._max_bytes / self._usual):
+        if len(self._receiving) >= min(_REQUESTS, self._max_received / self._usual):
             slowest, since = next(iter(self._receiving.items()))
             if now - since < _PATIENCE:
                 return False

@@ -9,7 +9,7 @@ from msgspec import Struct
 from collab_service.log.decide import Appended, AppendRequest, Decision
 from collab_service.log.queue import Pending, Succession
 from collab_service.log.service import LogService
-from collab_service.model.errors import CollabError, InvalidArgument, ReaderStalled, ShuttingDown
+from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ReaderStalled, ShuttingDown
 from collab_service.rpc.convert import appended_message
 from collab_service.rpc.status import append_failure
 from collab_service.v1 import collab_service_pb2 as pb
@@ -17,8 +17,51 @@ from collab_service.v1 import collab_service_pb2 as pb
 _REQUESTS = 256
 _BYTES = 8 * 1024 * 1024
 """What may be on its way for one stream: requests, and their bytes, of which one request may have more."""
+_ALL_BYTES = 64 * 1024 * 1024
+"""What may be on its way for all streams together, from where on those that have something on their way read nothing
+more. One that has nothing there has to read, or it would not see what comes; if there is no room for that, it ends."""
+_RECEIVED_BYTES = 256 * 1024 * 1024
+"""What may be being received for all streams, as far as can be told before it has come."""
 _STALLED = 60.0
 """Seconds after which a caller that takes no answer is ended."""
+
+
+class HeldByStreams:
+    """Bytes of requests that all streams of a process hold, from when they were read until they are answered."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._usual = 1.0
+        """Bytes of a request of late."""
+
+    def check_room(self, streams: int) -> None:
+        """Raise `Overloaded` if there is no room for one stream more; each may be receiving a request at any time."""
+        if self.is_too_much or streams * self._usual > _RECEIVED_BYTES:
+            raise Overloaded("too much is on its way in streams of appends on this server")
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether streams that have something on their way had better read nothing more."""
+        return self._size >= _ALL_BYTES
+
+    def take(self, size: int, *, alone: bool) -> None:
+        """Take note of a request that was read.
+
+        Args:
+            size: Its bytes.
+            alone: Whether it is the only one of its stream.
+
+        Raises:
+            Overloaded: There is no room for it.
+        """
+        self._usual += (size - self._usual) / 16
+        if self._size and self._size + size > (_ALL_BYTES if alone else 2 * _ALL_BYTES):
+            raise Overloaded("too much is on its way in streams of appends on this server")
+        self._size += size
+
+    def give_back(self, size: int) -> None:
+        """Take note of requests that are held no longer."""
+        self._size -= size
 
 
 class _Entry(Struct):
@@ -33,8 +76,8 @@ class AppendStream:
     """One call of `AppendStream`.
 
     One task reads requests and lets them wait to be written; the other waits for what became of them and answers.
-    When there is no room (too much is on its way here, or too much waits in this process) nothing more is read, which
-    the caller's grpc notices by itself.
+    When there is no room (too much is on its way here, or in all streams, or too much waits in this process) nothing
+    more is read, which the caller's grpc notices by itself.
     """
 
     def __init__(
@@ -42,6 +85,7 @@ class AppendStream:
         service: LogService,
         check: Callable[[pb.AppendEventsRequest], AppendRequest],
         write: Callable[[pb.AppendStreamResponse], Awaitable[None]],
+        held: HeldByStreams,
     ) -> None:
         """Prepare; `run` does it.
 
@@ -49,10 +93,12 @@ class AppendStream:
             service: Where to append.
             check: Returns what a request asks for; raises `InvalidArgument`.
             write: Sends an answer.
+            held: What all streams hold together.
         """
         self._service = service
         self._check = check
         self._write = write
+        self._held = held
         self._succession = Succession()
         self._on_their_way: deque[_Entry] = deque()
         self._size = 0
@@ -75,7 +121,7 @@ class AppendStream:
                 outcome = entry.outcome
                 decision: Decision = await outcome.answer if isinstance(outcome, Pending) else outcome
                 self._on_their_way.popleft()
-                self._size -= entry.size
+                self._release(entry.size)
                 self._changed.set()
                 await self._send(_answer(entry.number, decision))
             if self._stopping:
@@ -86,6 +132,7 @@ class AppendStream:
             for entry in self._on_their_way:
                 if isinstance(entry.outcome, Pending):
                     self._service.withdraw(entry.outcome)
+            self._release(self._size)
 
     def stop(self) -> None:
         """Read nothing more; end with `ShuttingDown` when what has been read is answered."""
@@ -96,21 +143,32 @@ class AppendStream:
     async def _read(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
         try:
             async for message in requests:
-                request = message.request
-                size = request.ByteSize()
-                while self._on_their_way and (len(self._on_their_way) >= _REQUESTS or self._size + size > _BYTES):
-                    self._changed.clear()
-                    await self._changed.wait()
+                size = message.request.ByteSize()
+                self._held.take(size, alone=not self._on_their_way)
+                self._size += size
+                number = message.request_number
                 try:
-                    outcome: Pending | CollabError = await self._service.submit(self._check(request), self._succession)
+                    append = self._check(message.request)
+                    del message  # what waits is held once
+                    outcome: Pending | CollabError = await self._service.submit(append, self._succession)
+                    del append
                 except InvalidArgument as error:
                     outcome = error
-                self._on_their_way.append(_Entry(message.request_number, size, outcome))
-                self._size += size
+                self._on_their_way.append(_Entry(number, size, outcome))
                 self._changed.set()
+                while self._on_their_way and self._holds_enough():
+                    self._changed.clear()
+                    await self._changed.wait()
         finally:
             self._read_everything = True
             self._changed.set()
+
+    def _holds_enough(self) -> bool:
+        return len(self._on_their_way) >= _REQUESTS or self._size >= _BYTES or self._held.is_too_much
+
+    def _release(self, size: int) -> None:
+        self._size -= size
+        self._held.give_back(size)
 
     async def _next(self) -> _Entry | None:
         """Return the first request that is not answered, once there is one; None when none will come."""

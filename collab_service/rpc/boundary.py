@@ -8,7 +8,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,11 @@ REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a caller's own request id may look like; any other is replaced."""
 
-_REQUEST_BYTES = 32 * 1024 * 1024
-"""Bytes of requests that calls in progress may hold. As it came, decoded and checked, a request takes three times its
-size."""
+_HELD_BYTES = 128 * 1024 * 1024
+"""Bytes of requests that calls in progress may hold: what may wait to be written, and as much as is being written at
+most. A request takes twice its size, as it came and as it is checked."""
+_RECEIVED_BYTES = 64 * 1024 * 1024
+"""Bytes of requests that may be received at once, as far as can be told before they have come."""
 
 _OVERLOAD_LOG = 1.0
 """Seconds between lines of the log that tell of calls refused as too many, each with how many they are."""
@@ -45,7 +47,7 @@ class Boundary:
 
     def __init__(self, metrics: RpcMetrics) -> None:
         self._metrics = metrics
-        self._admission = Admission(_REQUEST_BYTES)
+        self._admission = Admission(held=_HELD_BYTES, received=_RECEIVED_BYTES)
         metrics.watch(lambda: self._calls)
         self._calls = 0
         self._draining = False
@@ -54,14 +56,28 @@ class Boundary:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def generic_handler(self, service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
-        """Return what grpc asks for the handlers of a service, whose methods `servicer` has."""
+    def generic_handler(
+        self, service: ServiceDescriptor, servicer: object, *, looks: Mapping[str, Callable[[bytes], None]]
+    ) -> grpc.GenericRpcHandler:
+        """Return what grpc asks for the handlers of a service.
+
+        Args:
+            service: The service.
+            servicer: Has its methods.
+            looks: By the name of the method, what is called with a request before it is decoded; may raise our errors.
+        """
         for method in service.methods:
             path = f"/{service.full_name}/{method.name}"
-            self._admission.methods[path] = self._handlers(method, getattr(servicer, method.name))
+            handlers = self._handlers(method, getattr(servicer, method.name), looks.get(method.name))
+            self._admission.methods[path] = handlers
         return self._admission
 
-    def _handlers(self, method: MethodDescriptor, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Handlers:
+    def _handlers(
+        self,
+        method: MethodDescriptor,
+        behaviour: Callable[[Any, Context], Awaitable[Any]],
+        look_at: Callable[[bytes], None] | None,
+    ) -> Handlers:
         """Return the handlers for one RPC, carried out by `behaviour`."""
         decode = GetMessageClass(method.input_type).FromString
         read = partial(_decoded_stream if method.client_streaming else _decoded, decode)
@@ -84,6 +100,8 @@ class Boundary:
                 self._idle.clear()
                 try:
                     self._admission.received(request)
+                    if look_at is not None:
+                        look_at(request)
                     answer = await behaviour(read(request), context)
                     metrics.answered()
                     return answer
@@ -152,7 +170,9 @@ async def _decoded_stream(
     decode: Callable[[bytes], Message], messages: AsyncIterator[bytes]
 ) -> AsyncGenerator[Message, None]:
     async for data in messages:
-        yield _decoded(decode, data)
+        message = [_decoded(decode, data)]
+        del data
+        yield message.pop()  # so that nothing of it is held here until the next one is asked for
 
 
 def _forget_frames(error: BaseException | None) -> None:

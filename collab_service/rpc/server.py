@@ -129,7 +129,8 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )
-        server.add_generic_rpc_handlers((self._boundary.generic_handler(SERVICE, self._servicer),))
+        looks = dict.fromkeys(("AppendEvent", "AppendEvents"), self._servicer.look_at)
+        server.add_generic_rpc_handlers((self._boundary.generic_handler(SERVICE, self._servicer, looks=looks),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (
             SERVICE.full_name,

@@ -9,14 +9,16 @@ from collab_service.log.service import LogService
 from collab_service.metrics import RpcMetrics
 from collab_service.model import Limits
 from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled, ShuttingDown
-from collab_service.rpc.append_stream import AppendStream
+from collab_service.rpc.append_stream import AppendStream, HeldByStreams
 from collab_service.rpc.boundary import Context
 from collab_service.rpc.convert import appended_message, event_message, page_bytes, session_message
 from collab_service.rpc.page_token import make_page_token
 from collab_service.rpc.stuck import StuckMessages
-from collab_service.rpc.validate import Check
+from collab_service.rpc.validate import Check, session_of
 from collab_service.v1 import collab_service_pb2 as pb
 
+_WORTH_A_LOOK = 16 * 1024
+"""Bytes of a request from which on looking at it before it is decoded may save something."""
 _STALLED = 60.0
 """Seconds after which a reader that takes no message is ended."""
 _OF_COLUMNS = ("collab-events-of", "columns")
@@ -37,10 +39,16 @@ class Servicer:
         self._metrics = metrics
         self._limits = limits
         self._append_streams: set[AppendStream] = set()
+        self._held_by_streams = HeldByStreams()
         self._writes: dict[asyncio.Timeout, bool] = {}
         """Messages on their way to readers, and whether they are those of a follow."""
         self._stuck = StuckMessages()
         self._stopping = False
+
+    def look_at(self, append: bytes) -> None:
+        """Raise `Overloaded` for a large append to a session for which too much is waiting, before it is decoded."""
+        if len(append) >= _WORTH_A_LOOK and (session_id := session_of(append)) is not None:
+            self._service.check_room(session_id, len(append))
 
     def stop_streams(self) -> None:
         """End all follows, also those whose reader takes no message; and appends, once what was read is answered."""
@@ -128,6 +136,7 @@ class Servicer:
                 check.wrong("event", "must be given; each of its fields may be absent")
             event, _ = check.event("event", request.event)
             append = check.append(request, [event])
+        del request  # what waits is held once
         try:
             appended = await self._service.append(append)
         except IdempotencyKeyReused as error:
@@ -136,13 +145,16 @@ class Servicer:
 
     async def AppendEvents(self, request: pb.AppendEventsRequest, context: Context) -> pb.AppendEventsResponse:
         """Append a batch."""
-        return appended_message(await self._service.append(self._batch(request)))
+        batch = self._batch(request)
+        del request  # what waits is held once
+        return appended_message(await self._service.append(batch))
 
     async def AppendStream(self, requests: AsyncIterator[pb.AppendStreamRequest], context: Context) -> None:
         """Append batches, many on their way at once."""
         if self._stopping:
             raise ShuttingDown
-        stream = AppendStream(self._service, self._batch, context.write)
+        self._held_by_streams.check_room(len(self._append_streams) + 1)
+        stream = AppendStream(self._service, self._batch, context.write, self._held_by_streams)
         self._append_streams.add(stream)
         try:
             await stream.run(requests)

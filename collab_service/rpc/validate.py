@@ -144,3 +144,15 @@ class Check:
             self.wrong("types", f"must be at most {MAX_EVENT_TYPES} types, not {len(values)}")
             return []
         return [self.text(f"types[{index}]", value) for index, value in enumerate(values)]
+
+
+def session_of(append: bytes) -> int | None:
+    """Return the session of an append that is not decoded, if that is its first field, as encoders write it."""
+    if append[:1] != b"\x08":  # the tag of field 1, a varint
+        return None
+    number = 0
+    for place, byte in enumerate(append[1:11]):
+        number |= (byte & 127) << 7 * place
+        if byte < 128:
+            return number
+    return None

@@ -64,6 +64,17 @@ async def test_a_full_queue_refuses() -> None:
     assert len(queue) == 5
 
 
+async def test_sessions_that_are_stuck_leave_room() -> None:
+    """However many sessions take as much as they can, one more finds room."""
+    queue = AppendQueue(QueueLimits(requests=1_000, bytes=100_000, session_bytes=25_000))
+    for stuck in range(1, 7):
+        with pytest.raises(Overloaded, match="this session"):
+            while True:
+                queue.put(pending(stuck, size=1_000))
+        queue.put(pending(100 + stuck, size=1_000))
+    assert 90_000 < queue.size < 100_000
+
+
 async def test_one_request_larger_than_the_bounds_is_taken_when_nothing_waits() -> None:
     """Whatever the limits of a request are set to, it can be served."""
     queue = AppendQueue(QueueLimits(bytes=10, session_bytes=10))
@@ -73,7 +84,7 @@ async def test_one_request_larger_than_the_bounds_is_taken_when_nothing_waits() 
 
 async def test_callers_who_left_give_their_room_back() -> None:
     """A request whose caller has given up is neither taken nor counted."""
-    queue = AppendQueue(QueueLimits(requests=2))
+    queue = AppendQueue(QueueLimits(session_requests=2))
     first, second = pending(1), pending(1)
     queue.put(first)
     queue.put(second)
@@ -126,8 +137,8 @@ async def test_waiting_for_a_number_of_requests() -> None:
 async def test_waiting_for_room() -> None:
     """Who waits for room gets it in turn; one that leaves passes its turn on, and nobody is left behind."""
     queue = AppendQueue(QueueLimits(requests=2))
-    for _ in range(2):
-        queue.put(pending(1))
+    for session_id in (1, 9):
+        queue.put(pending(session_id))
     waiting = [asyncio.create_task(queue.put_when_there_is_room(pending(2 + n))) for n in range(5)]
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
@@ -136,7 +147,7 @@ async def test_waiting_for_room() -> None:
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert [task.done() for task in waiting] == [True, True, False, False, False]
-    assert sessions(queue.take(events=9, size=100, sessions=100)) == [1, 3]
+    assert sessions(queue.take(events=9, size=100, sessions=100)) == [9, 3]
     async with asyncio.timeout(5):
         await asyncio.gather(*waiting[1:4])
         assert sessions(queue.take(events=9, size=100, sessions=100)) == [4, 5]

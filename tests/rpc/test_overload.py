@@ -108,7 +108,7 @@ async def test_a_database_that_stands_still(
 
 
 async def test_requests_that_never_come(server: ServeProcess, stub: CollabServiceStub) -> None:
-    """Any number of calls that have begun and send no request take nobody's place for longer than a moment."""
+    """Hundreds of calls that have begun and send no request are in nobody's way; thousands only for a moment."""
     session_id = new_session(stub)
     never = asyncio.Event()
 
@@ -119,6 +119,8 @@ async def test_requests_that_never_come(server: ServeProcess, stub: CollabServic
     async with _channel(server.grpc_address) as channel:
         call: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(_APPEND)
         begun = [call(nothing()) for _ in range(600)]
+        append(stub, session_id)
+        begun += [call(nothing()) for _ in range(900)]
 
         async def answered() -> bool:
             return sum(each.done() for each in begun) >= 300
@@ -139,4 +141,71 @@ async def test_requests_that_never_come(server: ServeProcess, stub: CollabServic
         await until(gets_through, "an append beside them")
         for each in begun:
             each.cancel()
-    assert [event.server_seq for event in events(stub, session_id)] == [1]
+    assert [event.server_seq for event in events(stub, session_id)] == [1, 2]
+
+
+async def test_sessions_that_are_stuck_with_large_appends(
+    server: ServeProcess, stub: CollabServiceStub, server_database_url: str
+) -> None:
+    """Sessions that somebody has locked take only so much of what may wait: appends to another are never refused."""
+    stuck, other = [new_session(stub) for _ in range(5)], new_session(stub)
+    async with AsyncExitStack() as stack:
+        connection = await stack.enter_async_context(await psycopg.AsyncConnection.connect(server_database_url))
+        await connection.execute("SELECT id FROM collab_sessions WHERE id = ANY(%s) FOR UPDATE", (stuck,))
+        channels = [await stack.enter_async_context(_channel(server.grpc_address)) for _ in stuck]
+        calls = []
+        for channel, session_id in zip(channels, stuck, strict=True):
+            event = pb.NewEvent(binary=bytes(_LARGE))
+            request = pb.AppendEventRequest(session_id=session_id, event=event).SerializeToString()
+            calls += [asyncio.create_task(_append(channel, request)) for _ in range(24)]
+
+        async def are_refused() -> bool:
+            return sum(task.done() for task in calls) >= len(calls) / 8
+
+        await until(are_refused, "refusals")
+        for number in range(1, 21):
+            assert append(stub, other).event.server_seq == number
+        await connection.rollback()
+        outcomes = await asyncio.gather(*calls)
+    assert {outcome.reason for outcome in outcomes if isinstance(outcome, Failure)} == {"OVERLOADED"}
+    stored = sum(isinstance(outcome, pb.AppendEventResponse) for outcome in outcomes)
+    assert sum(len(events(stub, session_id)) for session_id in stuck) == stored
+
+
+async def test_streams_that_hold_too_much(
+    server: ServeProcess, stub: CollabServiceStub, server_database_url: str
+) -> None:
+    """What streams of appends hold together is bounded: one that comes with more ends with OVERLOADED."""
+    session_id, other = new_session(stub), new_session(stub)
+    request = pb.AppendEventsRequest(session_id=session_id, events=[pb.NewEvent(binary=bytes(_LARGE - 1_000))])
+    message = pb.AppendStreamRequest(request_number=1, request=request)
+    before = resident_kilobytes(server.process.pid)
+
+    async def append_through(channel: grpc.aio.Channel) -> str:
+        call = CollabServiceStub(channel).AppendStream()
+        try:
+            await call.write(message)
+            await call.done_writing()
+            answers = [answer.HasField("response") async for answer in call]
+        except grpc.aio.AioRpcError as error:
+            return Failure(error).reason
+        assert answers == [True]
+        return "stored"
+
+    async with AsyncExitStack() as stack:
+        connection = await stack.enter_async_context(await psycopg.AsyncConnection.connect(server_database_url))
+        await connection.execute("SELECT id FROM collab_sessions WHERE id = %s FOR UPDATE", (session_id,))
+        channels = [await stack.enter_async_context(_channel(server.grpc_address)) for _ in range(4)]
+        streams = [asyncio.create_task(append_through(channels[n % 4])) for n in range(200)]
+
+        async def are_refused() -> bool:
+            return sum(task.done() for task in streams) >= 100
+
+        await until(are_refused, "refusals")
+        append(stub, other)
+        await connection.rollback()
+        outcomes = await asyncio.gather(*streams)
+    growth = (resident_kilobytes(server.process.pid) - before) / 1024
+    assert set(outcomes) == {"OVERLOADED", "stored"}
+    assert len(events(stub, session_id)) == outcomes.count("stored") >= 32
+    assert growth < _GROWTH_MB
