@@ -10,6 +10,7 @@ import pytest
 from collab_service.config import Config
 from collab_service.log.service import LogService
 from tests.log.logs import unseen
+from tests.proxy import PostgresProxy
 
 StartService = Callable[..., LogService]
 
@@ -35,3 +36,10 @@ async def start_service(database_url: str) -> AsyncIterator[StartService]:
 async def service(start_service: StartService) -> LogService:
     """One service."""
     return start_service()
+
+
+@pytest.fixture
+async def proxy(database_url: str) -> AsyncIterator[PostgresProxy]:
+    """A proxy in front of the test's database; asked for before `start_service`, it outlives the services."""
+    async with PostgresProxy(database_url) as proxy:
+        yield proxy

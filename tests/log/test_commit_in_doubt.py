@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,13 +38,6 @@ CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON collab_events DEFERRABLE INITIALL
 """A deferred trigger runs within COMMIT; this one is slow the first time. (A crash takes back what a sequence gave.)"""
 
 
-@pytest.fixture
-async def proxy(database_url: str) -> AsyncIterator[PostgresProxy]:
-    """A proxy in front of the test's database."""
-    async with PostgresProxy(database_url) as proxy:
-        yield proxy
-
-
 @pytest.mark.parametrize("took_place", [True, False])
 @pytest.mark.parametrize(
     ("before", "inserting", "committed"),
@@ -52,7 +45,7 @@ async def proxy(database_url: str) -> AsyncIterator[PostgresProxy]:
     ids=["in two round trips", "in one"],
 )
 async def test_the_outcome_is_found_out(
-    start_service: StartService, proxy: PostgresProxy, took_place: bool, before: int, inserting: bytes, committed: bytes
+    proxy: PostgresProxy, start_service: StartService, took_place: bool, before: int, inserting: bytes, committed: bytes
 ) -> None:
     """Whether the lost commit took place or not: every caller gets a true OK, and each event is stored once."""
     service, reader = start_service(proxy.url), start_service()
@@ -74,7 +67,7 @@ async def test_the_outcome_is_found_out(
 
 
 async def test_a_statement_that_comes_late(
-    start_service: StartService, proxy: PostgresProxy, database_url: str
+    proxy: PostgresProxy, start_service: StartService, database_url: str
 ) -> None:
     """A statement that was on its way when the connection was lost may yet be carried out: nobody is told "none"."""
     service, reader = start_service(proxy.url), start_service()
@@ -105,7 +98,7 @@ async def test_a_statement_that_comes_late(
     assert (await append(service, session_id, NewEvent(type="next"))).events[0].server_seq == 4
 
 
-async def test_a_statement_that_comes_too_late(start_service: StartService, proxy: PostgresProxy) -> None:
+async def test_a_statement_that_comes_too_late(proxy: PostgresProxy, start_service: StartService) -> None:
     """Once the second attempt has succeeded, the first one finds the numbers taken: the event is stored once."""
     service, reader = start_service(proxy.url), start_service()
     session_id = await new_session(service)
@@ -123,8 +116,8 @@ async def test_a_statement_that_comes_too_late(start_service: StartService, prox
     ("key", "expected"), [(None, None), (None, 2), ("k", None)], ids=["plain", "on a condition", "with a key"]
 )
 async def test_a_statement_that_comes_late_but_before_the_second_attempt(
-    start_service: StartService,
     proxy: PostgresProxy,
+    start_service: StartService,
     database_url: str,
     slowly: bool,
     key: str | None,
@@ -174,7 +167,7 @@ async def test_a_statement_that_comes_late_but_before_the_second_attempt(
 
 @pytest.mark.parametrize("expected", [None, 2], ids=["plain", "on a condition"])
 async def test_a_statement_that_comes_late_between_two_transactions(
-    start_service: StartService, proxy: PostgresProxy, expected: int | None
+    proxy: PostgresProxy, start_service: StartService, expected: int | None
 ) -> None:
     """When a transaction ends that has looked for it, it can no longer come: each event is stored once."""
     service, reader = start_service(proxy.url), start_service()
@@ -188,7 +181,7 @@ async def test_a_statement_that_comes_late_between_two_transactions(
     assert (await read_checked(reader, session_id))[2:] == appended.events
 
 
-async def test_a_refusal_of_what_may_still_come(start_service: StartService, proxy: PostgresProxy) -> None:
+async def test_a_refusal_of_what_may_still_come(proxy: PostgresProxy, start_service: StartService) -> None:
     """What a later attempt would refuse may still be stored by an earlier one: nobody is told "none"."""
     service, reader = start_service(proxy.url), start_service()
     session_id = await new_session(service)
@@ -213,7 +206,7 @@ async def test_a_refusal_of_what_may_still_come(start_service: StartService, pro
 
 
 async def test_trouble_while_finding_out_is_no_answer(
-    start_service: StartService, proxy: PostgresProxy, database_url: str
+    proxy: PostgresProxy, start_service: StartService, database_url: str
 ) -> None:
     """An unexpected error while the outcome is looked up makes nobody guess: each event is stored once."""
     service, reader = start_service(proxy.url), start_service()
@@ -258,7 +251,7 @@ async def test_trouble_while_finding_out_is_no_answer(
     assert {a.events[0] for a in appended} == set(stored[1:])
 
 
-async def test_a_replay_in_doubt_is_looked_up_again(start_service: StartService, proxy: PostgresProxy) -> None:
+async def test_a_replay_in_doubt_is_looked_up_again(proxy: PostgresProxy, start_service: StartService) -> None:
     """A lost commit that stored nothing new leaves nothing to find out."""
     service = start_service(proxy.url)
     session_id = await new_session(service)
@@ -268,7 +261,7 @@ async def test_a_replay_in_doubt_is_looked_up_again(start_service: StartService,
     assert (proxy.cuts, again.replayed, again.events) == (1, True, first.events)
 
 
-async def test_the_numbers_in_doubt_are_taken_by_nobody_else(start_service: StartService, proxy: PostgresProxy) -> None:
+async def test_the_numbers_in_doubt_are_taken_by_nobody_else(proxy: PostgresProxy, start_service: StartService) -> None:
     """While one process finds out what became of its commit, others go on; the log stays whole."""
     service, other = start_service(proxy.url), start_service()
     session_id = await new_session(service)
@@ -282,7 +275,7 @@ async def test_the_numbers_in_doubt_are_taken_by_nobody_else(start_service: Star
 
 
 async def test_unknown_only_when_the_database_stays_away(
-    start_service: StartService, proxy: PostgresProxy, monkeypatch: pytest.MonkeyPatch
+    proxy: PostgresProxy, start_service: StartService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only with the database away for long is the outcome unknown; a retry with the key then finds the event."""
     monkeypatch.setattr(sequencer, "_RESOLVE", 0.3)

@@ -82,20 +82,21 @@ async def numbers_in(service: LogService, session_id: int) -> list[int]:
 
 
 @pytest.mark.parametrize("trouble", ["none", "stored and lost", "terminated"])
-async def test_the_order_is_kept(start_service: StartService, database_url: str, trouble: str) -> None:
+async def test_the_order_is_kept(
+    proxy: PostgresProxy, start_service: StartService, database_url: str, trouble: str
+) -> None:
     """All batches are stored once, in the order in which they came, and acknowledged with their own numbers."""
-    async with PostgresProxy(database_url) as proxy:
-        service, reader = start_service(proxy.url), start_service()
-        async with under_way(service, database_url) as writing:
-            if trouble == "stored and lost":
-                proxy.cut_before_server_says(INSERTED)
-            elif trouble == "terminated":
-                await writing.terminate()
-            await writing.let_go()
-            appended = await asyncio.gather(*writing.tasks)
-        assert await numbers_in(reader, writing.session_id) == list(range(3 * _EVENTS))
-        assert [a.events[0].server_seq for a in appended] == [3 + n * _EVENTS for n in range(3)]
-        assert [e for a in appended for e in a.events] == (await read_checked(reader, writing.session_id))[2:]
+    service, reader = start_service(proxy.url), start_service()
+    async with under_way(service, database_url) as writing:
+        if trouble == "stored and lost":
+            proxy.cut_before_server_says(INSERTED)
+        elif trouble == "terminated":
+            await writing.terminate()
+        await writing.let_go()
+        appended = await asyncio.gather(*writing.tasks)
+    assert await numbers_in(reader, writing.session_id) == list(range(3 * _EVENTS))
+    assert [a.events[0].server_seq for a in appended] == [3 + n * _EVENTS for n in range(3)]
+    assert [e for a in appended for e in a.events] == (await read_checked(reader, writing.session_id))[2:]
 
 
 async def test_a_caller_who_leaves(start_service: StartService, database_url: str) -> None:

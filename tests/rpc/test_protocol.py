@@ -83,7 +83,9 @@ def test_a_failed_call_can_be_found_in_the_log(stub: CollabServiceStub, server: 
     assert "secret-person" not in server.text()
 
 
-def test_deadlines_are_honoured_while_waiting(stub: CollabServiceStub, server_database_url: str) -> None:
+def test_deadlines_are_honoured_while_waiting(
+    stub: CollabServiceStub, server: ServeProcess, server_database_url: str
+) -> None:
     """A caller whose deadline has passed, or who has cancelled, is not written."""
     session = new_session(stub)
     with psycopg.connect(server_database_url) as connection:
@@ -94,12 +96,17 @@ def test_deadlines_are_honoured_while_waiting(stub: CollabServiceStub, server_da
             )
             for n in range(5)
         ]
-        cancelled = stub.AppendEvent.future(pb.AppendEventRequest(session_id=session, event=pb.NewEvent()), timeout=30)
+        cancelled = stub.AppendEvent.future(
+            pb.AppendEventRequest(session_id=session, event=pb.NewEvent()),
+            timeout=30,
+            metadata=(("x-request-id", "given-up"),),
+        )
         started = time.monotonic()
         for call in calls:
             assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert time.monotonic() - started < 5
         cancelled.cancel()
+        server.wait_for("call was cancelled", request_id="given-up")
         # Later in line than all of them, and not given up: once it is stored, they have been passed over.
         last = stub.AppendEvent.future(
             pb.AppendEventRequest(session_id=session, event=pb.NewEvent(type="last")), timeout=30
