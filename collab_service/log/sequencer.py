@@ -340,8 +340,7 @@ class Sequencer:
                 raise
             except Exception as error:
                 cause = repr(error.__cause__ or error)
-                if any(not attempt.was_looked_for for pending in batch for attempt in pending.attempts):
-                    # Whatever goes wrong while it is not known what became of a commit, the answer is no guess.
+                if _is_to_be_found_out(batch, error):
                     resolve_until = resolve_until or self._loop.time() + _RESOLVE
                     if self._loop.time() >= resolve_until:
                         raise CommitOutcomeUnknown from error
@@ -567,6 +566,17 @@ async def _gathered_in_time(arrivals: Arrivals, expected: int) -> bool:
         return False
     await _gather(arrivals, expected)
     return True
+
+
+def _is_to_be_found_out(batch: Sequence[Pending], error: Exception) -> bool:
+    """Tell whether to go on finding out what became of attempts, although something has gone wrong.
+
+    Whatever it is, as long as they were not looked for; then, only a database that is away.
+    """
+    attempts = [attempt for pending in batch for attempt in pending.attempts]
+    return not all(attempt.was_looked_for for attempt in attempts) or (
+        bool(attempts) and isinstance(error, DatabaseUnreachable)
+    )
 
 
 async def _read_stored(
