@@ -1,5 +1,6 @@
 """Reads requests: the body within its limit, forms out of it and out of the query, all that is wrong told at once."""
 
+import asyncio
 import base64
 import binascii
 import re
@@ -25,6 +26,8 @@ _MOST_TOGETHER = 32 * 1024 * 1024
 """Bytes of bodies that are held at once. Taken apart, a body takes several times its size."""
 _SMALL = 64 * 1024
 """Bytes of a body that always finds room, so that nobody is kept out by a few large ones that are slow to come."""
+_STOPPED = 2.0
+"""Seconds without a byte after which a body has to go if its room is needed."""
 _MOST_EVENTS = 20_000
 """Events in a batch, whatever the service takes (1,000, unless configured): millions of empty ones fit into a body, and
 would keep this process busy for half a minute only to be refused."""
@@ -42,28 +45,47 @@ class Bodies:
         """Take bodies of at most so many bytes."""
         self._most = most
         self._held = 0
+        self._reading: dict[asyncio.Timeout, float] = {}
+        """What ends the reading of each body, and when something of it has come, on the loop's clock."""
 
     @asynccontextmanager
     async def of(self, request: Request) -> AsyncIterator[bytes]:
         """Read the body of a request, and hold it for the length of the block.
 
         Raises:
-            RequestError: It is no JSON by its content type, is too large or not UTF-8, or there is no room for it now.
+            RequestError: It is no JSON by its content type, is too large or not UTF-8, there is no room for it now, or
+                it has stopped coming and others need its room.
         """
         held = 0
+        loop = asyncio.get_running_loop()
 
         def hold(size: int) -> None:
             nonlocal held
+            self._reading[patience] = loop.time()
             if held + size > _SMALL and self._held + size > _MOST_TOGETHER and self._held > held:
+                self._end_stopped(loop.time())
                 what = "the bodies of other requests leave no room for this one"
                 raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, "OVERLOADED", what, headers={"retry-after": "1"})
             held += size
             self._held += size
 
         try:
-            yield await _read_body(request, self._most, hold)
+            try:
+                async with asyncio.timeout(None) as patience:
+                    body = await _read_body(request, self._most, hold)
+            except TimeoutError:
+                what = "the body has stopped coming, and others need its room"
+                raise RequestError(HTTPStatus.REQUEST_TIMEOUT, "REQUEST_TIMEOUT", what) from None
+            finally:
+                self._reading.pop(patience, None)
+            yield body
         finally:
             self._held -= held
+
+    def _end_stopped(self, now: float) -> None:
+        for patience, since in self._reading.items():
+            if now - since >= _STOPPED and not patience.expired():
+                patience.reschedule(now)
 
 
 async def _read_body(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
