@@ -18,7 +18,14 @@ from collab_service.storage import schema
 from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from tests.log.conftest import StartService
-from tests.log.logs import append, new_session, read_checked
+from tests.log.logs import (
+    append,
+    let_inserts_go,
+    new_session,
+    read_checked,
+    session_with_known_head,
+    stop_inserts,
+)
 from tests.proxy import COMMITTED, INSERTED, INSERTING, INSERTING_BEHIND_HEADS, LOCKING, PostgresProxy
 from tests.waiting import until
 
@@ -71,9 +78,7 @@ async def test_a_statement_that_comes_late(
 ) -> None:
     """A statement that was on its way when the connection was lost may yet be carried out: nobody is told "none"."""
     service, reader = start_service(proxy.url), start_service()
-    session_id = await new_session(service)
-    for _ in range(2):
-        await append(service, session_id, NewEvent(type="before"))
+    session_id = await session_with_known_head(service)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
         await connection.execute("CREATE TABLE full_disk (); INSERT INTO full_disk DEFAULT VALUES")
         await connection.execute(
@@ -101,9 +106,7 @@ async def test_a_statement_that_comes_late(
 async def test_a_statement_that_comes_too_late(proxy: PostgresProxy, start_service: StartService) -> None:
     """Once the second attempt has succeeded, the first one finds the numbers taken: the event is stored once."""
     service, reader = start_service(proxy.url), start_service()
-    session_id = await new_session(service)
-    for _ in range(2):
-        await append(service, session_id, NewEvent(type="before"))
+    session_id = await session_with_known_head(service)
     proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
     assert (await append(service, session_id, NewEvent(type="once"))).events[0].server_seq == 3
     proxy.send_what_is_late()
@@ -125,18 +128,9 @@ async def test_a_statement_that_comes_late_but_before_the_second_attempt(
 ) -> None:
     """What comes late is the answer, also when it comes at the last moment: each event is stored once."""
     service, reader = start_service(proxy.url), start_service()
-    session_id = await new_session(service)
-    for _ in range(2):
-        await append(service, session_id, NewEvent(type="before"))
+    session_id = await session_with_known_head(service)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        await connection.execute("SELECT pg_advisory_lock(7)")
-        await connection.execute(
-            "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " PERFORM pg_advisory_xact_lock(7); RETURN NEW; END $$"
-        )
-        await connection.execute(
-            "CREATE TRIGGER stop BEFORE INSERT ON collab_events FOR EACH ROW EXECUTE FUNCTION stop()"
-        )
+        await stop_inserts(connection)
 
         async def waits_for(kind: str) -> bool:
             waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = %s"
@@ -146,7 +140,7 @@ async def test_a_statement_that_comes_late_but_before_the_second_attempt(
             proxy.send_what_is_late()
             await until(lambda: waits_for("advisory"), "the late statement")
             if not slowly:
-                await connection.execute("SELECT pg_advisory_unlock(7)")
+                await let_inserts_go(connection)
                 await until(has_come, "the late event")
 
         async def has_come() -> bool:
@@ -158,7 +152,7 @@ async def test_a_statement_that_comes_late_but_before_the_second_attempt(
         appending = asyncio.create_task(append(service, session_id, sent, expected=expected))
         if slowly:
             await until(lambda: waits_for("transactionid"), "the second attempt")
-            await connection.execute("SELECT pg_advisory_unlock(7)")
+            await let_inserts_go(connection)
         appended = await appending
     assert proxy.cuts == 1
     assert not appended.replayed
@@ -171,9 +165,7 @@ async def test_a_statement_that_comes_late_between_two_transactions(
 ) -> None:
     """When a transaction ends that has looked for it, it can no longer come: each event is stored once."""
     service, reader = start_service(proxy.url), start_service()
-    session_id = await new_session(service)
-    for _ in range(2):
-        await append(service, session_id, NewEvent(type="before"))
+    session_id = await session_with_known_head(service)
     proxy.cut_before_client_says(INSERTING_BEHIND_HEADS, late=True)
     proxy.before_anybody_says(COMMITTED, proxy.send_what_is_late_and_wait)
     appended = await append(service, session_id, NewEvent(type="once"), expected=expected)
@@ -184,9 +176,7 @@ async def test_a_statement_that_comes_late_between_two_transactions(
 async def test_a_refusal_of_what_may_still_come(proxy: PostgresProxy, start_service: StartService) -> None:
     """What a later attempt would refuse may still be stored by an earlier one: nobody is told "none"."""
     service, reader = start_service(proxy.url), start_service()
-    session_id = await new_session(service)
-    for _ in range(2):
-        await append(service, session_id, NewEvent(type="before"))
+    session_id = await session_with_known_head(service)
     first = asyncio.create_task(append(service, session_id, NewEvent(type="first")))
     second = asyncio.create_task(append(service, session_id, NewEvent(type="second"), expected=3))
 

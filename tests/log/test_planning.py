@@ -12,7 +12,7 @@ from collab_service.log.service import LogService
 from collab_service.model import NewEvent
 from collab_service.model.errors import ShuttingDown
 from tests.log.conftest import StartService
-from tests.log.logs import append, new_session, read_checked
+from tests.log.logs import append, let_inserts_go, read_checked, session_with_known_head, stop_inserts
 from tests.proxy import INSERTED, PostgresProxy
 from tests.waiting import until
 
@@ -36,25 +36,15 @@ class UnderWay:
 
     async def let_go(self) -> None:
         """Let it go on."""
-        await self._rival.execute("SELECT pg_advisory_unlock(7)")
+        await let_inserts_go(self._rival)
 
 
 @asynccontextmanager
 async def under_way(service: LogService, database_url: str) -> AsyncIterator[UnderWay]:
     """Bring a service so far that a transaction is under way and the next one is planned."""
-    session_id = await new_session(service)
-    for _ in range(2):  # from now on the service knows the head
-        await append(service, session_id, NewEvent(type="before"))
+    session_id = await session_with_known_head(service)
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as rival:
-        await rival.execute(
-            "CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " PERFORM pg_advisory_xact_lock(7); RETURN NEW; END $$"
-        )
-        await rival.execute(
-            "CREATE TRIGGER stop BEFORE INSERT ON collab_events FOR EACH ROW WHEN (NEW.client_seq = 0)"
-            " EXECUTE FUNCTION stop()"
-        )
-        await rival.execute("SELECT pg_advisory_lock(7)")
+        await stop_inserts(rival, "NEW.client_seq = 0")
         tasks = [asyncio.create_task(append_numbered(service, session_id, 0))]
 
         async def is_waiting() -> bool:
