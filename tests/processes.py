@@ -120,6 +120,8 @@ class ServingProcess:
     ) -> None:
         if self.process.poll() is None:
             self.stop()
+        if error is not None:
+            print(self.text())  # for the report of what has failed
         if self.process.stderr is not None:
             self.process.stderr.close()
 

@@ -7,6 +7,7 @@ libpq, sent together and read together. Only documented calls of `psycopg.pq` ar
 """
 
 import asyncio
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -55,6 +56,8 @@ class PipelineConnection:
         self._loop = asyncio.get_running_loop()
         self._socket = self._pgconn.socket
         self._loop.add_reader(self._socket, self._readable)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
         self.usable = True
         """False once the connection is lost."""
         connection.add_notice_handler(self._note)
@@ -158,18 +161,26 @@ class PipelineConnection:
             self._lost(error)
 
     def _readable(self) -> None:
+        # Until there is nothing more: uvloop tells only once of a connection that was reset, and that may be behind what
+        # the server had said before.
         try:
-            self._pgconn.consume_input()
-            while self._done is not None and not self._done.done() and not self._pgconn.is_busy():
-                result = self._pgconn.get_result()
-                if result is None:
-                    continue  # the end of one command's results
-                if result.status == ExecStatus.PIPELINE_SYNC:
-                    self._done.set_result(None)
-                else:
-                    self._results.append(result)
+            while True:
+                self._read()
+                if not self._poll.poll(0):
+                    return
         except psycopg.OperationalError as error:
             self._lost(error)
+
+    def _read(self) -> None:
+        self._pgconn.consume_input()
+        while self._done is not None and not self._done.done() and not self._pgconn.is_busy():
+            result = self._pgconn.get_result()
+            if result is None:
+                continue  # the end of one command's results
+            if result.status == ExecStatus.PIPELINE_SYNC:
+                self._done.set_result(None)
+            else:
+                self._results.append(result)
 
     def _lost(self, error: psycopg.OperationalError) -> None:
         # Results may have come before the end, such as the FATAL that explains it.
