@@ -13,12 +13,12 @@ from collab_service.v1 import collab_service_pb2 as pb
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 EMPTY_SETTINGS = b"\0\0\0\x04\0\0\0\0\0"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
+ACK, END_STREAM, END_HEADERS = 1, 1, 4
 _INITIAL_WINDOW_SIZE = 4
 _CANCEL = 8
-_LARGEST_WINDOW = 2**31 - 1
-_DEFAULT_WINDOW = 65_535
+LARGEST_WINDOW = 2**31 - 1
+INITIAL_WINDOW = 65_535
 
 OnMessage = Callable[[int, bytes], None]
 """Called with the number of the stream on its connection, from 0, and the bytes of a message."""
@@ -41,7 +41,7 @@ class FollowConnection(asyncio.Protocol):
 
     @classmethod
     async def open(
-        cls, address: str, on_message: OnMessage, *, window: int = _LARGEST_WINDOW, answer_pings: bool = True
+        cls, address: str, on_message: OnMessage, *, window: int = LARGEST_WINDOW, answer_pings: bool = True
     ) -> Self:
         """Connect.
 
@@ -70,25 +70,25 @@ class FollowConnection(asyncio.Protocol):
             ("content-type", "application/grpc"),
             ("te", "trailers"),
         )
-        self._send(_HEADERS, _END_HEADERS, stream_id, b"".join(_field(*header) for header in headers))
-        self._send(_DATA, _END_STREAM, stream_id, b"\0" + struct.pack(">I", len(message)) + message)
+        self._send(HEADERS, END_HEADERS, stream_id, b"".join(_field(*header) for header in headers))
+        self._send(DATA, END_STREAM, stream_id, message_of(message))
         return stream_id // 2
 
     def reset(self, number: int) -> None:
         """Give up on a stream, by its number."""
-        self._send(_RST_STREAM, 0, 2 * number + 1, struct.pack(">I", _CANCEL))
+        self._send(RST_STREAM, 0, 2 * number + 1, struct.pack(">I", _CANCEL))
 
     def grow_windows(self, size: int) -> None:
         """Let the server send so many bytes more on every stream."""
         for stream_id in self._streams:
-            self._send(_WINDOW_UPDATE, 0, stream_id, struct.pack(">I", size))
+            self._send(WINDOW_UPDATE, 0, stream_id, struct.pack(">I", size))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Say hello."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
         self.transport.write(PREFACE)
-        self._send(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, self._window))
-        self._send(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _LARGEST_WINDOW - _DEFAULT_WINDOW))
+        self._send(SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, self._window))
+        self._send(WINDOW_UPDATE, 0, 0, struct.pack(">I", LARGEST_WINDOW - INITIAL_WINDOW))
 
     def data_received(self, data: bytes) -> None:
         """Take frames."""
@@ -111,25 +111,33 @@ class FollowConnection(asyncio.Protocol):
             self.closed.set_result(None)
 
     def _take(self, kind: int, flags: int, stream_id: int, payload: bytearray) -> None:
-        if kind == _DATA:
+        if kind == DATA:
             stream = self._streams[stream_id]
             stream += payload
             while len(stream) >= 5 and len(stream) >= (end := 5 + int.from_bytes(stream[1:5], "big")):
                 self._on_message(stream_id // 2, bytes(stream[5:end]))
                 del stream[:end]
-        elif kind == _SETTINGS and not flags & _ACK:
-            self._send(_SETTINGS, _ACK, 0)
-        elif kind == _PING and not flags & _ACK and self._answer_pings:
-            self._send(_PING, _ACK, 0, bytes(payload))
-        elif kind == _HEADERS and not flags & _END_STREAM:
+        elif kind == SETTINGS and not flags & ACK:
+            self._send(SETTINGS, ACK, 0)
+        elif kind == PING and not flags & ACK and self._answer_pings:
+            self._send(PING, ACK, 0, bytes(payload))
+        elif kind == HEADERS and not flags & END_STREAM:
             self.begun_streams += 1
-        elif kind == _RST_STREAM or (kind == _HEADERS and flags & _END_STREAM):
+        elif kind == RST_STREAM or (kind == HEADERS and flags & END_STREAM):
             self.ended_streams += 1
 
     def _send(self, kind: int, flags: int, stream_id: int, payload: bytes = b"") -> None:
-        self.transport.write(
-            struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream_id) + payload
-        )
+        self.transport.write(frame(kind, flags, stream_id, payload))
+
+
+def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
+    """Return a frame (RFC 9113, section 4.1)."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream_id) + payload
+
+
+def message_of(message: bytes) -> bytes:
+    """Return a message as gRPC frames it: not compressed, with its length."""
+    return b"\0" + struct.pack(">I", len(message)) + message
 
 
 def _field(name: str, value: str) -> bytes:

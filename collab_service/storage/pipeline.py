@@ -161,8 +161,8 @@ class PipelineConnection:
             self._lost(error)
 
     def _readable(self) -> None:
-        # Until there is nothing more: uvloop tells only once of a connection that was reset, and that may be behind what
-        # the server had said before.
+        # Until nothing is left: uvloop tells only once of a connection that was reset, and that may be while there
+        # is still something to read before the end.
         try:
             while True:
                 self._read()

@@ -87,10 +87,7 @@ class Bench:
 
     def unary(self) -> None:
         """64 unary writers, against an echo and against pgbench with the naive transaction."""
-        self.report.section(
-            f"64 unary writers on one session, 200-byte payloads, load by {load.load_generator()}, "
-            f"medians of {REPEATS} runs in turn"
-        )
+        self.report.section(f"64 unary writers on one session, 200-byte payloads, medians of {REPEATS} runs in turn")
         load.append_rate(self.all_addresses, self.new_session(), 3)  # warm
         with serving_echo() as echo:
             naive, echoed, one, every, lone = medians_in_turn(
@@ -101,8 +98,8 @@ class Bench:
                 lambda: load.append_rate([self.address], self.new_session(), 3, writers=1),
             )
             python_echoed, python_one = medians_in_turn(
-                lambda: load.python_append_rate(echo, 1, 4),
-                lambda: load.python_append_rate(self.address, self.new_session(), 4),
+                lambda: load.grpc_append_rate(echo, 1, 4),
+                lambda: load.grpc_append_rate(self.address, self.new_session(), 4),
             )
         few, many = medians_in_turn(  # nearly equal: one of nine is easier to tell from noise than one of three
             lambda: write(self.address, [self.new_session()], writers=64, seconds=2).rate,
@@ -137,7 +134,7 @@ class Bench:
 
         with serving_echo() as echo:
             echoed, appended, thousand = medians_in_turn(
-                lambda: load.python_append_rate(echo, 1, 4),
+                lambda: load.grpc_append_rate(echo, 1, 4),
                 appender,
                 lambda: streams.appender_rate(self.address, self.new_session(), coroutines=1_000, seconds=4).events,
             )

@@ -1,20 +1,16 @@
-"""Load on the service, one event a call, in processes of its own, bounded in count and time."""
+"""Load on the service, one event a call, in a process of its own, bounded in count and time."""
 
 import asyncio
-import re
-import shutil
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import uvloop
 
 from collab_service.v1 import collab_service_pb2 as pb
+from tests.bench.repeat import Repeated
 
 WRITERS = 64
 PAYLOAD = '{"text":"' + "x" * 189 + '"}'
@@ -22,65 +18,50 @@ PAYLOAD = '{"text":"' + "x" * 189 + '"}'
 
 _PATH = "/collab_service.v1.CollabService/AppendEvent"
 _CONNECTIONS = 4
-
-
-def load_generator() -> str:
-    """Return the name of the generator that `append_rate` uses here."""
-    return "h2load" if shutil.which("h2load") else "a grpc.aio client"
+"""To each server."""
+_PATIENCE = 60.0
 
 
 def append_rate(addresses: Sequence[str], session_id: int, seconds: int, writers: int = WRITERS) -> float:
     """Return the unary appends per second of so many writers on one session, each waiting for its answer.
 
-    The writers are spread evenly over the servers.
+    The writers are spread evenly over the servers. All of them have to succeed.
     """
-    share = writers // len(addresses)
-    with ThreadPoolExecutor(len(addresses)) as pool:
-        return sum(pool.map(lambda address: _append_rate(address, session_id, seconds, share), addresses))
+    return _run("repeated", ",".join(addresses), session_id, seconds, writers)
 
 
-def _append_rate(address: str, session_id: int, seconds: int, writers: int) -> float:
-    if load_generator() == "h2load":
-        return _h2load(address, _request(session_id), seconds, writers)
-    return python_append_rate(address, session_id, seconds, writers)
+def grpc_append_rate(address: str, session_id: int, seconds: int, writers: int = WRITERS) -> float:
+    """Return what `append_rate` does, of a grpc.aio client."""
+    return _run("grpc.aio", address, session_id, seconds, writers)
 
 
-def python_append_rate(address: str, session_id: int, seconds: int, writers: int = WRITERS) -> float:
-    """Return what `append_rate` does, whatever generators there are, of a grpc.aio client in a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.load", address, str(seconds), str(writers)]
-    result = subprocess.run(command, input=_request(session_id), capture_output=True, timeout=seconds + 60, check=True)
+def _run(client: str, addresses: str, session_id: int, seconds: int, writers: int) -> float:
+    command = [sys.executable, "-m", "tests.bench.load", client, addresses, str(seconds), str(writers)]
+    event = pb.NewEvent(actor_id="ada", client_seq=7, type="edit", json=PAYLOAD)
+    request = pb.AppendEventRequest(session_id=session_id, event=event).SerializeToString()
+    result = subprocess.run(command, input=request, capture_output=True, timeout=seconds + 2 * _PATIENCE, check=True)
     return float(result.stdout)
 
 
-def _request(session_id: int) -> bytes:
-    event = pb.NewEvent(actor_id="ada", client_seq=7, type="edit", json=PAYLOAD)
-    return pb.AppendEventRequest(session_id=session_id, event=event).SerializeToString()
+async def _repeated_load(addresses: Sequence[str], request: bytes, seconds: float, writers: int) -> float:
+    share = writers // len(addresses)
+    count = min(_CONNECTIONS, share)
+    connections = [
+        Repeated(address, _PATH, request, at_once=share // count) for address in addresses for _ in range(count)
+    ]
+    started = time.perf_counter()
+    for connection in connections:
+        await connection.connect()
+    await asyncio.wait([connection.closed for connection in connections], timeout=seconds)
+    for connection in connections:
+        connection.stop()
+    answers, took = sum(connection.answers for connection in connections), time.perf_counter() - started
+    if any(connection.failures or connection.closed.done() for connection in connections):
+        raise RuntimeError(f"calls failed: {[dict(connection.failures) for connection in connections]}")
+    return answers / took
 
 
-def _h2load(address: str, request: bytes, seconds: int, writers: int) -> float:
-    with tempfile.NamedTemporaryFile() as body:
-        body.write(b"\0" + struct.pack(">I", len(request)) + request)
-        body.flush()
-        connections = min(_CONNECTIONS, writers)
-        return h2load(
-            f"--clients={connections}", f"--max-concurrent-streams={writers // connections}", f"--duration={seconds}",
-            f"--data={body.name}", "--header=content-type: application/grpc", "--header=te: trailers",
-            f"http://{address}{_PATH}", seconds=seconds,
-        )  # fmt: skip
-
-
-def h2load(*arguments: str, seconds: int) -> float:
-    """Run h2load and return the requests per second, all of which have to be answered with success."""
-    result = subprocess.run(["h2load", *arguments], capture_output=True, text=True, timeout=seconds + 60, check=True)
-    done = re.search(r"finished in [\d.]+s, ([\d.]+) req/s", result.stdout)
-    codes = re.search(r"status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx", result.stdout)
-    if done is None or codes is None or any(int(count) for count in codes.groups()[1:]):
-        raise RuntimeError(f"h2load did not work:\n{result.stdout}")
-    return float(done[1])
-
-
-async def _aio_load(address: str, request: bytes, seconds: float, writers: int) -> float:
-    """Append as `append_rate` says."""
+async def _grpc_load(address: str, request: bytes, seconds: float, writers: int) -> float:
     count = 0
     started = time.perf_counter()
 
@@ -101,5 +82,13 @@ async def _aio_load(address: str, request: bytes, seconds: float, writers: int) 
     return rate
 
 
+def _main() -> float:
+    client, addresses, seconds, writers = sys.argv[1:]
+    request = sys.stdin.buffer.read()
+    if client == "grpc.aio":
+        return uvloop.run(_grpc_load(addresses, request, float(seconds), int(writers)))
+    return uvloop.run(_repeated_load(addresses.split(","), request, float(seconds), int(writers)))
+
+
 if __name__ == "__main__":
-    print(uvloop.run(_aio_load(sys.argv[1], sys.stdin.buffer.read(), float(sys.argv[2]), int(sys.argv[3]))))
+    print(_main())

@@ -3,20 +3,24 @@
 import asyncio
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator
+from typing import cast
 
 import uvloop
 
 from tests.bench.live import Delays, at_rate
-from tests.bench.load import PAYLOAD, h2load, load_generator
+from tests.bench.load import PAYLOAD
 
 CONNECTIONS = 64
 _PATH = "/api/collab/events"
 _WARM_UP = 200
 """Events that are not counted."""
 _PATIENCE = 60.0
+
+
+_CREATED = re.compile(rb"HTTP/1.1 201 .*?\r\ncontent-length: (\d+)\r\n.*?\r\n\r\n", re.IGNORECASE | re.DOTALL)
+"""The head of an answer to an append that is stored."""
 
 
 class _Connection:
@@ -34,13 +38,10 @@ class _Connection:
 
     async def post(self, body: bytes) -> None:
         """Append an event; raise `RuntimeError` when it is not stored."""
-        self._writer.write(
-            b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-            % (_PATH.encode(), len(body), body)
-        )
+        self._writer.write(_request(body))
         head = await self._reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-        if not head.startswith(b"HTTP/1.1 201") or length is None:
+        length = _CREATED.match(head)
+        if length is None:
             raise RuntimeError(f"the gateway answered {head!r}")
         await self._reader.readexactly(int(length[1]))
 
@@ -59,18 +60,41 @@ class _Connection:
         self._writer.close()
 
 
+class _RepeatedPost(asyncio.Protocol):
+    """A connection on which an event is appended again and again, until it is not stored."""
+
+    def __init__(self, body: bytes) -> None:
+        self.answers = 0
+        self.closed = asyncio.get_running_loop().create_future()
+        self._request = _request(body)
+        self._unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the first request."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Send the next request when the answer is complete."""
+        self._unread += data
+        head = _CREATED.match(self._unread)
+        if head is None or len(self._unread) < head.end() + int(head[1]):
+            if b"\r\n\r\n" in self._unread and head is None:
+                self._transport.abort()
+            return
+        self._unread = b""
+        self.answers += 1
+        self._transport.write(self._request)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Note the end."""
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
 def append_rate(address: str, session: int, seconds: int) -> float:
     """Return the appends per second over 64 connections, each of which waits for its answer."""
-    body = _body(session, 7)
-    if load_generator() == "h2load":
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(body)
-            file.flush()
-            return h2load(
-                f"--clients={CONNECTIONS}", "--h1", f"--duration={seconds}", f"--data={file.name}",
-                "--header=content-type: application/json", f"http://{address}{_PATH}", seconds=seconds,
-            )  # fmt: skip
-    return uvloop.run(_append(address, body, seconds))
+    return uvloop.run(_append(address, _body(session, 7), seconds))
 
 
 def listing_rate(address: str, session: int, expected: int) -> float:
@@ -84,18 +108,17 @@ def delivery(address: str, session: int, *, rate: int, seconds: int) -> Delays:
 
 
 async def _append(address: str, body: bytes, seconds: int) -> float:
-    count, until = 0, time.perf_counter() + seconds
-
-    async def write() -> None:
-        nonlocal count
-        connection = await _Connection.open(address)
-        while time.perf_counter() < until:
-            await connection.post(body)
-            count += 1
-        connection.close()
-
-    await asyncio.gather(*(write() for _ in range(CONNECTIONS)))
-    return count / seconds
+    host, _, port = address.rpartition(":")
+    loop = asyncio.get_running_loop()
+    started = time.perf_counter()
+    posts = [
+        (await loop.create_connection(lambda: _RepeatedPost(body), host, int(port)))[1] for _ in range(CONNECTIONS)
+    ]
+    await asyncio.wait([post.closed for post in posts], timeout=seconds)
+    count, took = sum(post.answers for post in posts), time.perf_counter() - started
+    if any(post.closed.done() for post in posts):
+        raise RuntimeError("the gateway has not stored all of it")
+    return count / took
 
 
 async def _list(address: str, session: int, expected: int) -> float:
@@ -142,6 +165,12 @@ async def _delivery(address: str, session: int, rate: int, count: int) -> Delays
         connection.close()
     counted = sorted(delays[_WARM_UP:])
     return Delays(statistics.median(counted), counted[len(counted) * 99 // 100])
+
+
+def _request(body: bytes) -> bytes:
+    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        _PATH.encode(), len(body), body,
+    )  # fmt: skip
 
 
 def _body(session: int, client_seq: int) -> bytes:
