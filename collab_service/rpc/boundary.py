@@ -6,7 +6,6 @@ but our own errors: the text of an unexpected exception stays in the log.
 
 import asyncio
 import re
-import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -21,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
 from collab_service.rpc.admission import Admission, Handlers
+from collab_service.rpc.line_budget import LineBudget
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 from collab_service.storage.driver_errors import cause_of
 
@@ -36,8 +36,9 @@ most. A request takes twice its size, as it came and as it is checked."""
 _RECEIVED_BYTES = 64 * 1024 * 1024
 """Bytes of requests that may be received at once, as far as can be told before they have come."""
 
-_OVERLOAD_LOG = 1.0
-"""Seconds between lines of the log that tell of calls refused as too many, each with how many they are."""
+_REFUSED_LINES, _CANCELLED_LINES = 1, 20
+"""Lines of the log in a second, at most, that tell of calls refused as too many, and of calls that were given up: under
+a flood they come by the thousand."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -51,8 +52,8 @@ class Boundary:
         metrics.watch(lambda: self._calls)
         self._calls = 0
         self._draining = False
-        self._unlogged = 0
-        self._log_overload_at = 0.0
+        self._refused_lines = LineBudget(_REFUSED_LINES)
+        self._cancelled_lines = LineBudget(_CANCELLED_LINES)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -119,7 +120,8 @@ class Boundary:
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # The latter is what sending says when the client is gone, just before grpc cancels the call.
                 metrics.failed("CANCELLED")
-                _log.info("call was cancelled", method=name, request_id=_request_id(context))
+                if calls := self._cancelled_lines.take():
+                    _log.info("call was cancelled", method=name, request_id=_request_id(context), calls=calls)
                 raise asyncio.CancelledError from error
 
         async def refuse(request: AsyncIterator[bytes], context: Context) -> None:
@@ -148,12 +150,10 @@ class Boundary:
             return failure
         failure = failure_of(error)
         if isinstance(error, Overloaded):
-            self._unlogged += 1
-            now = time.monotonic()
-            if now < self._log_overload_at:
+            calls = self._refused_lines.take()
+            if not calls:
                 return failure
-            log = log.bind(calls=self._unlogged)
-            self._unlogged, self._log_overload_at = 0, now + _OVERLOAD_LOG
+            log = log.bind(calls=calls)
         log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
         return failure
 

@@ -1,6 +1,7 @@
 """Much more than can be carried: what can be is, the rest is refused at once, and nothing grows."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -142,6 +143,36 @@ async def test_requests_that_never_come(server: ServeProcess, stub: CollabServic
         for each in begun:
             each.cancel()
     assert [event.server_seq for event in events(stub, session_id)] == [1, 2]
+
+
+async def test_calls_that_are_given_up_by_the_hundred(
+    server: ServeProcess, stub: CollabServiceStub, server_database_url: str
+) -> None:
+    """They do not flood the log: at most 20 lines a second tell of them, and say how many there were."""
+    session_id = new_session(stub)
+    request = pb.AppendEventRequest(session_id=session_id, event=pb.NewEvent()).SerializeToString()
+    seen = len(server.lines)
+
+    def lines() -> list[int]:
+        return [line["calls"] for line in server.lines[seen:] if line.get("event") == "call was cancelled"]
+
+    async with _channel(server.grpc_address) as channel:
+
+        async def give_up(count: int) -> None:
+            calls = [_call(channel)(request, timeout=1) for _ in range(count)]
+            assert {await call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+
+        async def all_are_told_of() -> bool:
+            await give_up(1)
+            return sum(lines()) >= 200
+
+        async with await psycopg.AsyncConnection.connect(server_database_url) as connection:
+            await connection.execute("SELECT id FROM collab_sessions WHERE id = %s FOR UPDATE", (session_id,))
+            started = time.monotonic()
+            await give_up(250)
+            await until(all_are_told_of, "lines")
+            assert len(lines()) <= 20 * (time.monotonic() - started + 2)
+    assert events(stub, session_id) == []
 
 
 async def test_sessions_that_are_stuck_with_large_appends(
