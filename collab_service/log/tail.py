@@ -4,6 +4,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 from collab_service.log.reading import PAGE_BYTES, PAGE_EVENTS, Chunk, event_size
 from collab_service.metrics import FollowMetrics
@@ -12,8 +13,9 @@ from collab_service.storage.times import now_micros
 
 _EVENT_BYTES = 512
 """What an event weighs in memory besides what it says, roughly."""
-_ROUND_PER_FOLLOWER = 0.00008
-"""Seconds between deliveries, for each follower: about twice what it costs to write a message to one."""
+_REST = 2
+"""Between deliveries, how many times as long as it took to hand the messages over: sending them takes about as long
+again, and what is left is for everything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class Tail:
     """A stretch of the log up to its end, `(start, end]`, without gaps; and the followers who wait there.
 
     What is committed arrives in order (`feed`) and is handed out in rounds: all that has come since the last round
-    becomes one chunk, which is encoded once, and everybody who waits is woken. With few followers a round begins at
-    once; with many it waits a little for more events, so that delivering leaves time for everything else.
+    becomes one chunk, which is encoded once, and everybody who waits is woken. The next one begins when delivering has
+    left some time for everything else: at once with few followers, and with many the later the slower the machine.
     """
 
     def __init__(self, session_id: int, max_bytes: int, metrics: FollowMetrics) -> None:
@@ -67,6 +69,8 @@ class Tail:
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._loop = asyncio.get_running_loop()
         self._next_round = 0.0
+        self._delivering = False
+        """Whether followers are yet to have their turn in the last round."""
         self._round: asyncio.TimerHandle | None = None
         self._ended: Exception | None = None
         self.ending: asyncio.Future[None] = self._loop.create_future()
@@ -101,11 +105,7 @@ class Tail:
         self.head = max(self.head, head)
         if first <= self.reached + 1 <= events[-1].server_seq:
             self._coming.extend(events[self.reached + 1 - first :])
-            now = self._loop.time()
-            if now >= self._next_round:
-                self._hand_out()
-            elif self._round is None:
-                self._round = self._loop.call_at(self._next_round, self._hand_out)
+            self._begin_round()
 
     def after(self, position: int) -> list[Chunk] | None:
         """Return what has been handed out after `position`, as much as one message holds; None when it is gone."""
@@ -165,10 +165,18 @@ class Tail:
         self._forget(count)
         self._keep_to_size(self._loop.time())
 
+    def _begin_round(self) -> None:
+        """Hand out what has come, at once or when the time has come."""
+        if self._delivering or self._round is not None:
+            return
+        if self._loop.time() >= self._next_round:
+            self._hand_out()
+        else:
+            self._round = self._loop.call_at(self._next_round, self._hand_out)
+
     def _hand_out(self) -> None:
         self.close()
         now = self._loop.time()
-        self._next_round = now + _ROUND_PER_FOLLOWER * self.followers
         events, self._coming = self._coming, []
         for chunk in _chunks_of(events):
             handed = _Handed(chunk, chunk.events[-1].server_seq, now)
@@ -178,11 +186,16 @@ class Tail:
         self._keep_to_size(now)
         if self._waiting:
             self._wake_all()
+            self._delivering = True
             # Called once all of them have had their turn, in which each hands its message over to be sent.
-            self._loop.call_soon(self._delivered, events[0].created_at)
+            self._loop.call_soon(self._delivered, events[0].created_at, perf_counter())
 
-    def _delivered(self, created_at: int) -> None:
+    def _delivered(self, created_at: int, begun: float) -> None:
+        self._delivering = False
+        self._next_round = self._loop.time() + _REST * (perf_counter() - begun)
         self._metrics.delivered(max(now_micros() - created_at, 0) / 1_000_000)
+        if self._coming:
+            self._begin_round()
 
     def _keep_to_size(self, now: float) -> None:
         count, weight = 0, self._weight

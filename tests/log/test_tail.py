@@ -1,6 +1,7 @@
 """The tail: what is kept in memory of a followed session, and how it is handed out."""
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -166,16 +167,27 @@ async def test_waiting(tail: Tail) -> None:
     await tail.wait(11, 60)
 
 
-async def test_rounds() -> None:
-    """With many followers, what comes within a moment is handed out together."""
-    tail = Tail(1, 1024 * 1024, unseen().follows)
-    tail.followers = 1_000
-    tail.learn(0)
-    for n in range(1, 11):
+async def test_rounds(tail: Tail) -> None:
+    """Where deliveries take long, what comes meanwhile, and for a while after, is handed out together."""
+
+    async def take_long() -> None:
+        await tail.wait(10, 60)
+        end = time.perf_counter() + 0.05
+        while time.perf_counter() < end:
+            pass
+
+    taking = asyncio.create_task(take_long())
+    await asyncio.sleep(0)
+    tail.feed(events(11, 11), 11)
+    tail.feed(events(12, 12), 12)
+    assert numbers_after(tail, 10) == [11]
+    await taking
+    for n in range(13, 21):
         tail.feed(events(n, n), n)
-    assert numbers_after(tail, 0) == [1]
-    await until_handed_out(tail, 10)
-    found = tail.after(1)
+        await asyncio.sleep(0)
+    assert numbers_after(tail, 10) == [11]
+    await until_handed_out(tail, 20)
+    found = tail.after(11)
     assert found is not None
     assert [len(chunk.events) for chunk in found] == [9]
 
