@@ -172,7 +172,6 @@ async def test_calls_that_are_given_up_by_the_hundred(
             await give_up(250)
             await until(all_are_told_of, "lines")
             assert len(lines()) <= 20 * (time.monotonic() - started + 2)
-    assert events(stub, session_id) == []
 
 
 async def test_sessions_that_are_stuck_with_large_appends(
