@@ -118,12 +118,14 @@ class _Room:
 class _Line:
     """The requests of one session, in order. With many sessions, one is made for nearly every request."""
 
-    __slots__ = ("arrivals", "events", "pending", "room", "size")
+    __slots__ = ("arrivals", "events", "pending", "room", "size", "taken")
 
     def __init__(self, arrivals: Arrivals) -> None:
         self.pending: deque[Pending] = deque()
         self.events = 0
         self.size = 0
+        self.taken = 0
+        """Bytes that were taken while it is on hold, and may come back."""
         self.room = _Room()
         self.arrivals = arrivals
         """Where its events are counted: with those of all lines, or apart while it is on hold."""
@@ -141,6 +143,8 @@ class AppendQueue:
         self._held: dict[int, _Line] = {}
         self._requests = 0
         self._size = 0
+        self._taken = 0
+        """Bytes that were taken of sessions on hold: what comes back needs its room."""
         self._room = _Room()
         self.arrivals = Arrivals()
         """Of all that is not on hold."""
@@ -217,6 +221,7 @@ class AppendQueue:
 
     def release(self, session_id: int) -> None:
         """End a session's hold."""
+        self.settle(session_id)
         line = self._held.pop(session_id)
         self._count_at(line, self.arrivals)
         if line.pending:
@@ -267,7 +272,17 @@ class AppendQueue:
             line.pending.popleft()
             self._leave(line, pending)
             add_if_wanted(pending, taken)
+        line.taken = sum(pending.size for pending in taken)
+        self._taken += line.taken
         return taken
+
+    def settle(self, session_id: int) -> None:
+        """Give up the room of what was taken of a session on hold, once it is written or back."""
+        line = self._held[session_id]
+        self._taken -= line.taken
+        line.taken = 0
+        line.room.wake()
+        self._room.wake()
 
     def take_all(self) -> list[Pending]:
         """Take everything, whatever is on hold included."""
@@ -287,7 +302,8 @@ class AppendQueue:
         No session may take more than it leaves to the others. So however many are stuck, there is room for one more.
         """
         limits = self._limits
-        if self._requests >= limits.requests or (self._size and self._size + size > limits.bytes):
+        waiting = self._size + self._taken
+        if self._requests >= limits.requests or (waiting and waiting + size > limits.bytes):
             return self._room
         line = self._ready.get(session_id) or self._held.get(session_id)
         if (
@@ -295,7 +311,7 @@ class AppendQueue:
             and line.pending
             and (
                 len(line.pending) >= min(limits.session_requests, limits.requests - self._requests)
-                or line.size + size > min(limits.session_bytes, limits.bytes - self._size)
+                or line.size + line.taken + size > min(limits.session_bytes, limits.bytes - waiting)
             )
         ):
             return line.room

@@ -268,6 +268,7 @@ class Sequencer:
                     batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
                     active = events_of(batch)
                     done = await self._write(batch, wait_seconds=_LOCK_TURN)
+                    self._queue.settle(session_id)
                 expected = active + arrivals.ready
                 if done and self._heads.is_ours(session_id):
                     return
