@@ -25,6 +25,8 @@ DriverConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 _SET_UP_SECONDS = 5.0
 """For the first statement on a connection."""
+_COME_BACK_SECONDS = 1.0
+"""For connections that are still lent, and cut, when the pool closes."""
 
 # What the URL says itself counts more.
 _LIVENESS: dict[str, Any] = {
@@ -112,6 +114,8 @@ class Database:
         """
         self._conninfo = _conninfo(url)
         self._metrics = metrics
+        self._disposed = False
+        self._came_back = asyncio.Event()
         self._opened: WeakKeyDictionary[DriverConnection, float] = WeakKeyDictionary()
         self._engine = create_async_engine(
             "postgresql+psycopg://",
@@ -122,12 +126,12 @@ class Database:
             hide_parameters=True,  # what people wrote does not belong into logs, where the driver's errors go
         )
         event.listen(self._engine.sync_engine, "checkout", _refuse_hung_up)
-        event.listen(self._engine.sync_engine, "checkin", self._close_if_late)
+        event.listen(self._engine.sync_engine, "checkin", self._take_back)
         event.listen(self._engine.sync_engine, "handle_error", _leave_read_only_server)
         pool = self._engine.sync_engine.pool
         assert isinstance(pool, QueuePool)
         metrics.watch(pool_size, pool.checkedout)
-        self._disposed = False
+        self._pool = pool
 
     async def connect(self) -> DriverConnection:
         """Open a connection outside the pool; the caller closes it."""
@@ -149,6 +153,8 @@ class Database:
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that is rolled back at its end."""
         with driver_errors():
+            if self._disposed:
+                raise DatabaseUnreachable
             asked = time.perf_counter()
             async with self._engine.connect() as connection:
                 self._metrics.waited(time.perf_counter() - asked)
@@ -179,20 +185,17 @@ class Database:
         Args:
             autocommit: Each statement is a transaction, which saves single reads two round trips.
         """
-        with driver_errors():
-            asked = time.perf_counter()
-            async with self._engine.connect() as connection:
-                self._metrics.waited(time.perf_counter() - asked)
-                driver: DriverConnection = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
-                try:
-                    if autocommit:
-                        await driver.set_autocommit(True)
-                    yield driver
-                finally:
-                    if driver.broken or driver.closed:
-                        await connection.invalidate()
-                    elif autocommit:
-                        await driver.set_autocommit(False)
+        async with self.reading() as connection:
+            driver: DriverConnection = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
+            try:
+                if autocommit:
+                    await driver.set_autocommit(True)
+                yield driver
+            finally:
+                if driver.broken or driver.closed:
+                    await connection.invalidate()
+                elif autocommit:
+                    await driver.set_autocommit(False)
 
     def hang_up(self, *, opened_before: float) -> None:
         """Cut the connections, lent or not, that were opened before a moment of `time.monotonic`.
@@ -204,12 +207,24 @@ class Database:
                 _hang_up(connection)
 
     async def dispose(self) -> None:
-        """Close the pool; connections that are still lent are closed when they come back."""
+        """Close the pool, and lend nothing from now on. Connections that are still lent are cut.
+
+        Waits a moment until they are back: what nobody waits for any more, like a read that was given up, would take
+        its connection along when the event loop ends.
+        """
         self._disposed = True
+        if self._pool.checkedout():
+            self.hang_up(opened_before=time.monotonic())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COME_BACK_SECONDS):
+                while self._pool.checkedout():
+                    self._came_back.clear()
+                    await self._came_back.wait()
         await self._engine.dispose()
 
-    def _close_if_late(self, adapted: Any, record: Any) -> None:
-        # The pool it goes back to is gone, and would leave it open until it is collected as garbage.
+    def _take_back(self, adapted: Any, record: Any) -> None:
+        self._came_back.set()
+        # A pool that has been closed would leave it open until it is collected as garbage.
         if self._disposed and adapted is not None:
             adapted.driver_connection.pgconn.finish()
 
