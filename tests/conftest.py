@@ -16,11 +16,13 @@ from collab_service.storage import schema
 from collab_service.storage.embedded import Cluster, DataDirectory
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
-from tests.processes import ServeProcess
+from tests.processes import ServeProcess, let_starts_be_warm
 
 TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
 
 _TEMPLATE = "template_collab"
+
+let_starts_be_warm()
 
 
 @pytest.fixture(scope="session")

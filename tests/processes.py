@@ -5,14 +5,26 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
-COLLAB = [sys.executable, "-m", "collab_service"]
+from tests.warm import WarmProcess
+
+_FROM_HERE = [sys.executable, "-m", "collab_service"]
+COLLAB = _FROM_HERE
 START_SECONDS = 60.0
+_starts_are_warm = False
+
+
+def let_starts_be_warm() -> None:
+    """Fork commands from a process that has loaded them, where that makes no difference; not for what measures."""
+    global _starts_are_warm
+    _starts_are_warm = True
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -25,14 +37,33 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 def collab(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a `collab` command to its end."""
-    return subprocess.run(
-        [*COLLAB, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=clean_environment(**environment),
-        check=False,
-    )
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = _start(arguments, cwd=Path.cwd(), environment=environment, stdout=output, stderr=errors)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess([*COLLAB, *arguments], status, output.read(), errors.read())
+
+
+def _start(
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    stdout: IO[str] | None,
+    stderr: IO[str],
+) -> "subprocess.Popen[bytes] | WarmProcess":
+    env = clean_environment(**environment)
+    python_matters = any(name.startswith("PYTHON") for name in environment)
+    # A process that starts workers has itself loaded little.
+    starts_workers = "--workers" in arguments or "COLLAB_WORKERS" in environment
+    if _starts_are_warm and COLLAB is _FROM_HERE and not python_matters and not starts_workers:
+        return WarmProcess(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+    return subprocess.Popen([*COLLAB, *arguments], stdout=stdout, stderr=stderr, cwd=cwd, env=env)
 
 
 class ServingProcess:
@@ -43,26 +74,28 @@ class ServingProcess:
         self.lines: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self._ended = False
-        self.process = subprocess.Popen(
-            [*COLLAB, command, "--log-format", "json", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=cwd,
-            env=clean_environment(**environment),
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        reading, writing = os.pipe()
+        with open(writing, "w") as log:
+            self.process = _start(
+                (command, "--log-format", "json", *arguments),
+                cwd=cwd,
+                environment=environment,
+                stdout=None,
+                stderr=log,
+            )
+        self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = {"event": line.rstrip("\n"), "raw": True}
-            with self._changed:
-                self.lines.append(entry)
-                self._changed.notify_all()
+    def _read(self, file: int) -> None:
+        with open(file) as log:
+            for line in log:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = {"event": line.rstrip("\n"), "raw": True}
+                with self._changed:
+                    self.lines.append(entry)
+                    self._changed.notify_all()
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -122,8 +155,6 @@ class ServingProcess:
             self.stop()
         if error is not None:
             print(self.text())  # for the report of what has failed
-        if self.process.stderr is not None:
-            self.process.stderr.close()
 
 
 class ServeProcess(ServingProcess):

@@ -83,8 +83,13 @@ class Terminal:
                 self.process.wait(1)
 
     def end(self) -> tuple[int, str]:
-        """Wait for its end; return its status and everything that was shown, without escape sequences."""
+        """Wait for its end; return its status and everything that was shown, without escape sequences.
+
+        The status is that which a shell tells: 130 also where a Ctrl-C more came when it was ending anyway.
+        """
         status = self.process.wait(TIMEOUT)
+        if status < 0:
+            status = 128 - status
         self._reader.join(TIMEOUT)
         return status, without_escapes(self.text).replace("\r\n", "\n")
 

@@ -341,15 +341,22 @@ async def test_a_name_that_nobody_has() -> None:
 async def web_server() -> AsyncIterator[str]:
     """The address of a server that speaks HTTP/1 and no gRPC."""
 
+    connections: list[asyncio.Task[None]] = []
+
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.create_task(answer(reader, writer)))
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         await writer.drain()
         writer.close()
+        await writer.wait_closed()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as web:
+    async with await asyncio.start_server(accepted, "127.0.0.1", 0) as web:
         host, port = web.sockets[0].getsockname()
         yield f"{host}:{port}"
+        await asyncio.gather(*connections, return_exceptions=True)
 
 
 async def test_something_else_listens(web_server: str) -> None:
