@@ -198,4 +198,5 @@ def _become(order: dict[str, object], files: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    _main(socket.socket(fileno=int(sys.argv[1])))
+    with socket.socket(fileno=int(sys.argv[1])) as asked:
+        _main(asked)

@@ -22,7 +22,7 @@ from collab_service.cli.main import main
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.cli.test_serve import assert_discreet, password_of
-from tests.processes import ServeProcess
+from tests.processes import START_SECONDS, ServeProcess
 from tests.rpc.calls import TIMEOUT, Failure, append, events, new_session
 from tests.waiting import until
 
@@ -368,7 +368,7 @@ def stranger() -> Iterator[int]:
 
 def assert_refused(process: ServeProcess, address: str) -> list[str]:
     """Assert that a server ends with status 1 and a sentence that says why; return what it has said before."""
-    assert process.wait(10) == 1
+    assert process.wait(START_SECONDS) == 1
     *before, last = (line["event"] for line in process.lines)
     assert last.startswith(f"collab: cannot listen on {address}: it is in use")
     assert_discreet(process.text())
