@@ -127,8 +127,7 @@ def _the_nest() -> _Nest:
     global _nest
     with _nest_lock:
         if _nest is None:
-            kept = {name: value for name, value in os.environ.items() if not name.startswith("COLLAB_")}
-            _nest = _Nest({**kept, "PYTHONWARNINGS": "error"})
+            _nest = _Nest({**os.environ, "PYTHONWARNINGS": "error"})
         return _nest
 
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import termios
 import threading
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from tests.processes import COLLAB, clean_environment
 from tests.rpc.calls import TIMEOUT
+
+_AGAIN = 5.0
+"""Seconds after which a person presses Ctrl-C again."""
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -75,21 +77,19 @@ class Terminal:
         """Press Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
-    def interrupt_until_it_ends(self) -> None:
-        """Press Ctrl-C as a person does where nothing happens: Python can miss one just before it waits for a line."""
-        while self.process.poll() is None:
-            self.interrupt()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
+    def interrupt_until(self, words: str) -> None:
+        """Press Ctrl-C as a person does where nothing happens: Python can miss one just before it waits for a line.
+
+        Once this is shown, no more: one that came while Python ends would be what ends it.
+        """
+        with self._changed:
+            while words not in self.text and not self._ended:
+                self.interrupt()
+                self._changed.wait_for(lambda: words in self.text or self._ended, _AGAIN)
 
     def end(self) -> tuple[int, str]:
-        """Wait for its end; return its status and everything that was shown, without escape sequences.
-
-        The status is that which a shell tells: 130 also where a Ctrl-C more came when it was ending anyway.
-        """
+        """Wait for its end; return its status and everything that was shown, without escape sequences."""
         status = self.process.wait(TIMEOUT)
-        if status < 0:
-            status = 128 - status
         self._reader.join(TIMEOUT)
         return status, without_escapes(self.text).replace("\r\n", "\n")
 

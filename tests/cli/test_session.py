@@ -178,7 +178,7 @@ def test_a_person_is_asked(server: ServeProcess, stub: CollabServiceStub, answer
     with Terminal(server.grpc_address, "session", "delete", session_id) as terminal:
         terminal.wait_for(f"Delete session {session_id} with 1 event? [y/N]: ")
         if answer is None:
-            terminal.interrupt_until_it_ends()
+            terminal.interrupt_until("nothing was deleted")
         else:
             terminal.press(answer)
         status, shown = terminal.end()
