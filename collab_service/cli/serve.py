@@ -115,10 +115,10 @@ def serve(
         int, _limit("max-followers", "Follows at once in a process; further ones are answered TOO_MANY_FOLLOWERS.")
     ] = DEFAULT_MAX_FOLLOWERS,
     max_waiting_appends: Annotated[
-        int, _limit("max-waiting-appends", "Appends that wait to be written; one session gets half.")
+        int, _limit("max-waiting-appends", "Appends that wait or are being written; one session gets half.")
     ] = _QUEUE.requests,
     max_waiting_bytes: Annotated[
-        int, _limit("max-waiting-bytes", "The payloads that wait; one session gets a quarter.")
+        int, _limit("max-waiting-bytes", "The payloads of those; one session gets a quarter.")
     ] = _QUEUE.bytes,
     max_transaction_sessions: Annotated[
         int, _limit("max-transaction-sessions", "Sessions that one append transaction may span.")

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from itertools import islice
 
 from msgspec import Struct
@@ -38,6 +39,8 @@ class Pending(Struct, eq=False):
     """The requests that it has to come behind of, if it is one of several."""
     attempts: tuple[Attempt, ...] = ()
     """Those to store it that may have succeeded, or may yet."""
+    line: "_Line | None" = None
+    """Where it has room, until that is given up."""
 
     @property
     def is_wanted(self) -> bool:
@@ -118,43 +121,51 @@ class _Room:
 class _Line:
     """The requests of one session, in order. With many sessions, one is made for nearly every request."""
 
-    __slots__ = ("arrivals", "events", "pending", "room", "size", "taken")
+    __slots__ = ("arrivals", "events", "pending", "requests", "room", "size")
 
     def __init__(self, arrivals: Arrivals) -> None:
         self.pending: deque[Pending] = deque()
         self.events = 0
+        self.requests = 0
+        """Requests that have room here: those that wait, and those that were taken and may come back."""
         self.size = 0
-        self.taken = 0
-        """Bytes that were taken while it is on hold, and may come back."""
+        """Bytes of those."""
         self.room = _Room()
         self.arrivals = arrivals
         """Where its events are counted: with those of all lines, or apart while it is on hold."""
+
+    def count(self, pending: Pending, by: int) -> None:
+        """Take note of a request that has come (1), or has given up its room (-1)."""
+        self.requests += by
+        self.size += by * pending.size
 
 
 class AppendQueue:
     """Requests by session, in order within a session, taken in turns among sessions.
 
     A session that somebody else has locked is put on hold: its requests are taken apart from the others'.
+    What was taken may have to come back, so it keeps its room until it is answered.
     """
 
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self._ready: OrderedDict[int, _Line] = OrderedDict()
         self._held: dict[int, _Line] = {}
+        self._waiting = 0
         self._requests = 0
+        """Requests that have room: those that wait, and those that were taken and may come back."""
         self._size = 0
-        self._taken = 0
-        """Bytes that were taken of sessions on hold: what comes back needs its room."""
+        """Bytes of those."""
         self._room = _Room()
         self.arrivals = Arrivals()
         """Of all that is not on hold."""
 
     def __len__(self) -> int:
-        return self._requests
+        return self._waiting
 
     @property
     def size(self) -> int:
-        """Bytes that wait."""
+        """Bytes of what waits, or was taken and may come back."""
         return self._size
 
     @property
@@ -204,6 +215,7 @@ class AppendQueue:
             return False
         line.pending.remove(pending)
         self._leave(line, pending)
+        self._give_room_up(pending)
         if not line.pending and self._ready.pop(session_id, None) is not None:
             line.room.wake_all()
         return True
@@ -221,7 +233,6 @@ class AppendQueue:
 
     def release(self, session_id: int) -> None:
         """End a session's hold."""
-        self.settle(session_id)
         line = self._held.pop(session_id)
         self._count_at(line, self.arrivals)
         if line.pending:
@@ -255,7 +266,7 @@ class AppendQueue:
                 else:
                     del self._ready[session_id]
                     line.room.wake_all()
-                add_if_wanted(pending, taken)
+                self._add_if_wanted(pending, taken)
             lines = [(session_id, line) for session_id, line in lines if line.pending]
         return taken
 
@@ -271,18 +282,14 @@ class AppendQueue:
                 break
             line.pending.popleft()
             self._leave(line, pending)
-            add_if_wanted(pending, taken)
-        line.taken = sum(pending.size for pending in taken)
-        self._taken += line.taken
+            self._add_if_wanted(pending, taken)
         return taken
 
-    def settle(self, session_id: int) -> None:
-        """Give up the room of what was taken of a session on hold, once it is written or back."""
-        line = self._held[session_id]
-        self._taken -= line.taken
-        line.taken = 0
-        line.room.wake()
-        self._room.wake()
+    def settle(self, taken: Iterable[Pending]) -> None:
+        """Give up the room of those requests that have their answer."""
+        for pending in taken:
+            if pending.answer.done():
+                self._give_room_up(pending)
 
     def take_all(self) -> list[Pending]:
         """Take everything, whatever is on hold included."""
@@ -291,6 +298,7 @@ class AppendQueue:
             while line.pending:
                 pending = line.pending.popleft()
                 self._leave(line, pending)
+                self._give_room_up(pending)
                 everything.append(pending)
             line.room.wake_all()
         self._ready.clear()
@@ -302,16 +310,15 @@ class AppendQueue:
         No session may take more than it leaves to the others. So however many are stuck, there is room for one more.
         """
         limits = self._limits
-        waiting = self._size + self._taken
-        if self._requests >= limits.requests or (waiting and waiting + size > limits.bytes):
+        if self._requests >= limits.requests or (self._requests and self._size + size > limits.bytes):
             return self._room
         line = self._ready.get(session_id) or self._held.get(session_id)
         if (
             line is not None
-            and line.pending
+            and line.requests
             and (
-                len(line.pending) >= min(limits.session_requests, limits.requests - self._requests)
-                or line.size + line.taken + size > min(limits.session_bytes, limits.bytes - waiting)
+                line.requests >= min(limits.session_requests, limits.requests - self._requests)
+                or line.size + size > min(limits.session_bytes, limits.bytes - self._size)
             )
         ):
             return line.room
@@ -329,22 +336,36 @@ class AppendQueue:
         return line
 
     def _enter(self, line: _Line, pending: Pending) -> None:
+        self._waiting += 1
+        if pending.line is None:
+            self._requests += 1
+            self._size += pending.size
+        else:
+            pending.line.count(pending, -1)
+        pending.line = line
+        line.count(pending, 1)
         events = len(pending.request.events)
         line.events += events
-        line.size += pending.size
-        self._size += pending.size
-        self._requests += 1
         line.arrivals.add(events)
 
     def _leave(self, line: _Line, pending: Pending) -> None:
+        self._waiting -= 1
         events = len(pending.request.events)
         line.events -= events
-        line.size -= pending.size
-        self._size -= pending.size
-        self._requests -= 1
         line.arrivals.add(-events)
-        line.room.wake()
-        self._room.wake()
+
+    def _give_room_up(self, pending: Pending) -> None:
+        line, pending.line = pending.line, None
+        if line is not None:
+            line.count(pending, -1)
+            self._requests -= 1
+            self._size -= pending.size
+            line.room.wake()
+            self._room.wake()
+
+    def _add_if_wanted(self, pending: Pending, taken: list[Pending]) -> None:
+        if not add_if_wanted(pending, taken):
+            self._give_room_up(pending)
 
     def _count_at(self, line: _Line, arrivals: Arrivals) -> None:
         line.arrivals.add(-line.events)
@@ -352,9 +373,11 @@ class AppendQueue:
         arrivals.add(line.events)
 
 
-def add_if_wanted(pending: Pending, to: list[Pending]) -> None:
+def add_if_wanted(pending: Pending, to: list[Pending]) -> bool:
     """Add a request to others, unless nobody waits for it; one behind a fault in its succession is told that fault."""
     if pending.is_wanted:
         to.append(pending)
-    elif pending.succession is not None and pending.succession.fault is not None:
+        return True
+    if pending.succession is not None and pending.succession.fault is not None:
         pending.fail(pending.succession.fault)
+    return False

@@ -268,7 +268,6 @@ class Sequencer:
                     batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
                     active = events_of(batch)
                     done = await self._write(batch, wait_seconds=_LOCK_TURN)
-                    self._queue.settle(session_id)
                 expected = active + arrivals.ready
                 if done and self._heads.is_ours(session_id):
                     return
@@ -307,6 +306,7 @@ class Sequencer:
                 self._tell(written, batch)
         finally:
             self._writing.difference_update(mine)
+            self._queue.settle(taken)
             self._wrote.set()
         return True
 

@@ -69,7 +69,7 @@ class AppendMetrics:
         self._queued = metrics.gauge("collab_append_queue_appends", "Appends that wait to be written.")
         self._queued_bytes = metrics.gauge(
             "collab_append_queue_bytes",
-            "Bytes of the appends that wait, and a little for each event, as the queue's limit counts.",
+            "Bytes of appends that wait or are being written, and a little for each event, as their limit counts.",
         )
         self._held = metrics.gauge(
             "collab_append_held_sessions",

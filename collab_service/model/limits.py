@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How much may wait in this process, counted until it is taken to be written."""
+    """How much may wait in this process or be under way, counted until it is answered."""
 
     requests: int = 4_096
     bytes: int = 64 * 1024 * 1024

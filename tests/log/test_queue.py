@@ -21,6 +21,14 @@ def sessions(taken: list[Pending]) -> list[int]:
     return [p.request.session_id for p in taken]
 
 
+def answer(queue: AppendQueue, taken: list[Pending]) -> list[int]:
+    """Answer requests that were taken, and return their sessions."""
+    for p in taken:
+        p.answer.set_result(Overloaded("for a test"))
+    queue.settle(taken)
+    return sessions(taken)
+
+
 async def test_sessions_take_turns() -> None:
     """A session with a long line does not keep the others waiting."""
     queue = AppendQueue(QueueLimits())
@@ -73,6 +81,50 @@ async def test_sessions_that_are_stuck_leave_room() -> None:
                 queue.put(pending(stuck, size=1_000))
         queue.put(pending(100 + stuck, size=1_000))
     assert 90_000 < queue.size < 100_000
+
+
+async def test_what_was_taken_keeps_its_room() -> None:
+    """What was taken can come back without making the queue fuller than it may be; it gives up its room when answered.
+
+    Otherwise others would take that room meanwhile, and a session that is free would find none.
+    """
+    queue = AppendQueue(QueueLimits(requests=8, bytes=1_000))
+    stuck = [pending(n, size=250) for n in (1, 2, 3)]
+    for p in stuck:
+        queue.put(p)
+    assert queue.take(events=9, size=1_000, sessions=9) == stuck
+    assert (len(queue), queue.size, queue.arrivals.ready) == (0, 750, 0)
+    with pytest.raises(Overloaded, match="this server"):
+        queue.put(pending(4, size=251))
+    queue.put_back(stuck[:2])
+    queue.hold(1)
+    assert answer(queue, stuck[2:]) == [3]
+    queue.settle(stuck)  # those that are back wait, and keep their room
+    queue.put(pending(4, size=500))
+    with pytest.raises(Overloaded, match="this server"):
+        queue.put(pending(5))
+    assert (len(queue), queue.size, queue.arrivals.ready) == (3, 1_000, 2)
+
+
+async def test_what_was_taken_of_a_session_counts_for_it() -> None:
+    """A session on hold takes no more than its share by being tried again and again, in requests and in bytes."""
+    queue = AppendQueue(QueueLimits(requests=100, bytes=1_000, session_requests=3, session_bytes=500))
+    first, second = [pending(1, size=10) for _ in range(3)], [pending(2, size=250) for _ in range(2)]
+    for p in [*first, *second]:
+        queue.put(p)
+    for session_id in (1, 2):
+        queue.hold(session_id)
+    for _ in range(3):
+        taken = {1: queue.take_held(1, events=9, size=900), 2: queue.take_held(2, events=9, size=900)}
+        assert taken == {1: first, 2: second}
+        for session_id in (1, 2):
+            with pytest.raises(Overloaded, match="this session"):
+                queue.put(pending(session_id))
+            queue.put_back(taken[session_id])
+    answer(queue, queue.take_held(1, events=1, size=10))
+    answer(queue, queue.take_held(2, events=1, size=10))
+    for session_id in (1, 2):
+        queue.put(pending(session_id))
 
 
 async def test_one_request_larger_than_the_bounds_is_taken_when_nothing_waits() -> None:
@@ -142,34 +194,34 @@ async def test_waiting_for_room() -> None:
     waiting = [asyncio.create_task(queue.put_when_there_is_room(pending(2 + n))) for n in range(5)]
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
-    assert sessions(queue.take(events=1, size=100, sessions=100)) == [1]
+    assert answer(queue, queue.take(events=1, size=100, sessions=100)) == [1]
     waiting[0].cancel()  # just when it was its turn
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert [task.done() for task in waiting] == [True, True, False, False, False]
-    assert sessions(queue.take(events=9, size=100, sessions=100)) == [9, 3]
+    assert answer(queue, queue.take(events=9, size=100, sessions=100)) == [9, 3]
     async with asyncio.timeout(5):
         await asyncio.gather(*waiting[1:4])
-        assert sessions(queue.take(events=9, size=100, sessions=100)) == [4, 5]
+        assert answer(queue, queue.take(events=9, size=100, sessions=100)) == [4, 5]
         await waiting[4]
-    assert sessions(queue.take(events=9, size=100, sessions=100)) == [6]
+    assert answer(queue, queue.take(events=9, size=100, sessions=100)) == [6]
 
 
 async def test_waiting_for_room_in_a_session() -> None:
-    """Those who wait for one session's line are let in when it is taken, dropped or held, and hold up no other."""
+    """Those who wait for one session's line are let in when it is written, dropped or held, and hold up no other."""
     queue = AppendQueue(QueueLimits(session_requests=1))
     queue.put(pending(1))
     waiting = [asyncio.create_task(queue.put_when_there_is_room(pending(1))) for _ in range(3)]
     await asyncio.sleep(0)
     await queue.put_when_there_is_room(pending(2))
     for _ in range(2):
-        assert 1 in sessions(queue.take(events=9, size=100, sessions=100))
+        assert 1 in answer(queue, queue.take(events=9, size=100, sessions=100))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     queue.hold(1)
     async with asyncio.timeout(5):
         while not all(task.done() for task in waiting):
-            queue.take_held(1, events=9, size=100)
+            answer(queue, queue.take_held(1, events=9, size=100))
             await asyncio.sleep(0)
     queue.release(1)
     assert len(queue.take(events=9, size=100, sessions=100)) <= 1
