@@ -98,6 +98,8 @@ _GATHER = 0.012
 _GATHER_PER_EVENT = 0.0003
 """Seconds of that for each event expected of them: for a few it is not worth more, since a transaction takes them less
 than a millisecond."""
+_GATHER_LONGEST = 0.05
+"""Seconds of that where transactions take long: as long again as the last one, if many events are expected."""
 _WORTH_GATHERING = 64
 """Events from which on a transaction costs next to nothing for each of them."""
 
@@ -230,15 +232,16 @@ class Sequencer:
         self._connections.close()
 
     async def _run(self) -> None:
-        expected = 1
+        expected, took = 1, 0.0
         while True:
             if not self._next:
-                await _gather(self._queue.arrivals, expected)
+                await _gather(self._queue.arrivals, expected, took)
                 self._next = self._take()
             batch, self._next = self._next, []
             active = events_of(batch)
+            begun = perf_counter()
             await self._write(batch)
-            expected = active + self._queue.arrivals.ready
+            expected, took = active + self._queue.arrivals.ready, perf_counter() - begun
 
     def _take(self) -> list[Pending]:
         return self._queue.take(
@@ -544,17 +547,25 @@ class Sequencer:
         )
 
 
-async def _gather(arrivals: Arrivals, expected: int) -> None:
+async def _gather(arrivals: Arrivals, expected: int, took: float = 0.0) -> None:
     """Wait for something to write, and a moment longer for what is likely to come.
 
     Callers tend to come back once they are answered. So as many events as the last transaction had, or kept waiting,
     are expected again, as far as waiting for them is worth it; a lone caller expects nobody and does not wait.
+
+    Args:
+        arrivals: What is waited for.
+        expected: Events that the last transaction had, or kept waiting.
+        took: Seconds that it took.
     """
     await arrivals.wait_for(1)
     expected = min(expected, _WORTH_GATHERING)
     if expected > arrivals.ready:
+        longest = max(
+            min(_GATHER, _GATHER_PER_EVENT * expected), min(_GATHER_LONGEST, took) * expected / _WORTH_GATHERING
+        )
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(_GATHER, _GATHER_PER_EVENT * expected)):
+            async with asyncio.timeout(longest):
                 await arrivals.wait_for(expected)
 
 
