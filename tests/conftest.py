@@ -22,7 +22,10 @@ TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
 
 _TEMPLATE = "template_collab"
 
-let_starts_be_warm()
+
+def pytest_configure() -> None:
+    """Not on import: the benchmarks and the torture import from here."""
+    let_starts_be_warm()
 
 
 @pytest.fixture(scope="session")
