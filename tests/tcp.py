@@ -104,12 +104,16 @@ class TcpProxy:
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve(reader, writer), name="tcp-proxy")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            writer.close()  # however the task has ended, and if it never began
+
+        task.add_done_callback(done)
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         if self._refusing:
             self.refused += 1
-            to_client.close()
             return
         self.accepted += 1
         host, _, port = self.server_address.rpartition(":")
@@ -131,8 +135,7 @@ class TcpProxy:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
             self._connections.discard(pair)
-            for writer in pair:
-                writer.close()
+            to_server.close()
 
     async def _pass_requests(self, client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
         to_server.write(await client.readexactly(len(PREFACE)))
