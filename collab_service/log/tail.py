@@ -94,16 +94,18 @@ class Tail:
         self.head = max(self.head, head)
 
     def feed(self, events: Sequence[Event], head: int) -> None:
-        """Take events that are committed, neighbours in order; what has come before, or would leave a gap, is left out.
+        """Take events that are committed; what has come before is left out, and all of them where they leave a gap.
 
         Args:
-            events: At least one.
+            events: At least one, in order. They are neighbours, but where commits were in doubt: what was found then
+                and those whose callers had left stand between one another.
             head: A number up to which everything is committed, at the end of an append.
         """
-        first = events[0].server_seq
+        first, last = events[0].server_seq, events[-1].server_seq
         self.learn(first - 1)
         self.head = max(self.head, head)
-        if first <= self.reached + 1 <= events[-1].server_seq:
+        are_neighbours = last - first + 1 == len(events)
+        if are_neighbours and first <= self.reached + 1 <= last:
             self._coming.extend(events[self.reached + 1 - first :])
             self._begin_round()
 

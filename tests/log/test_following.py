@@ -30,6 +30,7 @@ from collab_service.storage.database import Database
 from collab_service.storage.embedded import Cluster
 from tests.log.conftest import StartService
 from tests.log.logs import append, new_session, read_checked, unseen
+from tests.proxy import COMMITTED, PostgresProxy
 from tests.waiting import until
 
 SMALL = NewEvent(payload='{"a":1}')
@@ -112,6 +113,31 @@ async def kill_listeners(database_url: str) -> int:
             "WHERE datname = current_database() AND query LIKE 'LISTEN%' AND pid <> pg_backend_pid()"
         )
         return len(await cursor.fetchall())
+
+
+async def test_a_commit_in_doubt_whose_caller_has_left(
+    no_poll: None, proxy: PostgresProxy, start_service: StartService
+) -> None:
+    """Also an event whose caller had left before it was found to be stored reaches those who follow, in its place."""
+    service = start_service(proxy.url)
+    session_id = await new_session(service)
+    await append(service, session_id, SMALL)
+    async with following(service, session_id) as follower:
+        await follower.until_through(1)
+        proxy.cut_before_server_says(COMMITTED, stay_away=True)
+        tasks = [asyncio.create_task(append(service, session_id, SMALL)) for _ in range(3)]
+
+        async def is_cut() -> bool:
+            return proxy.cuts == 1
+
+        await until(is_cut, "the cut")
+        tasks[1].cancel()
+        await asyncio.wait(tasks[1:2])
+        proxy.come_back()
+        assert [(await task).events[0].server_seq for task in (tasks[0], tasks[2])] == [2, 4]
+        await append(service, session_id, SMALL)
+        await follower.until_through(5)
+        assert follower.numbers == [1, 2, 3, 4, 5]
 
 
 async def test_another_process_delivers_at_once(start_service: StartService) -> None:

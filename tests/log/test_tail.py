@@ -65,6 +65,16 @@ async def test_events_that_leave_a_gap(tail: Tail) -> None:
     assert numbers_after(tail, 10) == [11, 12, 13, 14, 15]
 
 
+async def test_events_with_a_gap_among_them(tail: Tail) -> None:
+    """Events that are no neighbours are not handed out either, not even those before the gap."""
+    tail.feed([*events(11, 12), *events(14, 15)], 15)
+    await asyncio.sleep(0)
+    assert (tail.head, tail.is_behind, numbers_after(tail, 10)) == (15, True, [])
+    tail.feed(events(11, 15), 15)
+    await until_handed_out(tail, 15)
+    assert numbers_after(tail, 10) == [11, 12, 13, 14, 15]
+
+
 async def test_an_event_before_the_head_was_found() -> None:
     """An event that is committed while a follower looks up the head is in the tail."""
     tail = Tail(1, 1024 * 1024, unseen().follows)
