@@ -1,7 +1,6 @@
 """Appends that wait to be written: bounded, and fair by session."""
 
 import asyncio
-import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from itertools import islice
@@ -33,14 +32,16 @@ class Pending(Struct, eq=False):
     answer: "asyncio.Future[Decision]"
     since: float = 0.0
     """When it came, by `time.perf_counter`."""
-    give_up_at: float = math.inf
-    """On the loop's clock: until when to wait for the session's row, once somebody else was found to hold it."""
     succession: Succession | None = None
     """The requests that it has to come behind of, if it is one of several."""
     attempts: tuple[Attempt, ...] = ()
     """Those to store it that may have succeeded, or may yet."""
+    is_alone: bool = False
+    """Whether it is to be taken alone, since a transaction that it shared has failed."""
     line: "_Line | None" = None
     """Where it has room, until that is given up."""
+    is_waiting: bool = False
+    """Whether it is in that line, and not taken."""
 
     @property
     def is_wanted(self) -> bool:
@@ -121,9 +122,10 @@ class _Room:
 class _Line:
     """The requests of one session, in order. With many sessions, one is made for nearly every request."""
 
-    __slots__ = ("arrivals", "events", "pending", "requests", "room", "size")
+    __slots__ = ("arrivals", "events", "pending", "requests", "room", "session_id", "size")
 
-    def __init__(self, arrivals: Arrivals) -> None:
+    def __init__(self, session_id: int, arrivals: Arrivals) -> None:
+        self.session_id = session_id
         self.pending: deque[Pending] = deque()
         self.events = 0
         self.requests = 0
@@ -133,11 +135,6 @@ class _Line:
         self.room = _Room()
         self.arrivals = arrivals
         """Where its events are counted: with those of all lines, or apart while it is on hold."""
-
-    def count(self, pending: Pending, by: int) -> None:
-        """Take note of a request that has come (1), or has given up its room (-1)."""
-        self.requests += by
-        self.size += by * pending.size
 
 
 class AppendQueue:
@@ -149,7 +146,10 @@ class AppendQueue:
 
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
+        self._lines: dict[int, _Line] = {}
+        """Of all sessions of which something has room, or which are on hold."""
         self._ready: OrderedDict[int, _Line] = OrderedDict()
+        """Those of them from which to take next, in turn."""
         self._held: dict[int, _Line] = {}
         self._waiting = 0
         self._requests = 0
@@ -194,6 +194,8 @@ class AppendQueue:
         """Add a request at the end of its session's line, as soon as there is room."""
         waited_in: _Room | None = None
         while (room := self._full(pending.request.session_id, pending.size)) is not None:
+            if waited_in is not None and waited_in is not room:
+                waited_in.wake()  # there may be room for another
             waited_in = room
             await room.wait()
         self._append(pending)
@@ -209,25 +211,20 @@ class AppendQueue:
 
     def remove(self, pending: Pending) -> bool:
         """Take out a request, as when its caller has left; False when it is not waiting (any more)."""
-        session_id = pending.request.session_id
-        line = self._ready.get(session_id) or self._held.get(session_id)
-        if line is None or pending not in line.pending:
+        line = pending.line
+        if line is None or not pending.is_waiting:
             return False
         line.pending.remove(pending)
         self._leave(line, pending)
+        if not line.pending:
+            self._ready.pop(line.session_id, None)
         self._give_room_up(pending)
-        if not line.pending and self._ready.pop(session_id, None) is not None:
-            line.room.wake_all()
         return True
-
-    def is_held(self, session_id: int) -> bool:
-        """Tell whether a session is on hold."""
-        return session_id in self._held
 
     def hold(self, session_id: int) -> Arrivals:
         """Keep the requests of a session, which is not on hold yet, from `take`, until `release`; count them apart."""
-        line = self._ready.pop(session_id, None) or _Line(self.arrivals)
-        self._held[session_id] = line
+        self._ready.pop(session_id, None)
+        line = self._held[session_id] = self._line(session_id)
         self._count_at(line, Arrivals())
         return line.arrivals
 
@@ -237,13 +234,13 @@ class AppendQueue:
         self._count_at(line, self.arrivals)
         if line.pending:
             self._ready[session_id] = line
-        else:
-            line.room.wake_all()
+        self._drop_if_unused(line)
 
     def take(self, *, events: int, size: int, sessions: int) -> list[Pending]:
         """Take the requests of the next transaction: of each session one in turn, until one of the bounds is met.
 
-        The first request is taken whatever its size. Those that nobody waits for any more are dropped.
+        The first request is taken whatever its size, and one that is to be alone by itself. Those that nobody waits for
+        any more are dropped.
 
         Args:
             events: Events at most.
@@ -257,7 +254,7 @@ class AppendQueue:
                 pending = line.pending[0]
                 events -= len(pending.request.events)
                 size -= pending.size
-                if taken and (events < 0 or size < 0):
+                if taken and (events < 0 or size < 0 or pending.is_alone):
                     return taken
                 line.pending.popleft()
                 self._leave(line, pending)
@@ -265,8 +262,9 @@ class AppendQueue:
                     self._ready.move_to_end(session_id)  # behind those that still wait for their turn
                 else:
                     del self._ready[session_id]
-                    line.room.wake_all()
                 self._add_if_wanted(pending, taken)
+                if pending.is_alone:
+                    return taken
             lines = [(session_id, line) for session_id, line in lines if line.pending]
         return taken
 
@@ -278,41 +276,42 @@ class AppendQueue:
             pending = line.pending[0]
             events -= len(pending.request.events)
             size -= pending.size
-            if taken and (events < 0 or size < 0):
+            if taken and (events < 0 or size < 0 or pending.is_alone):
                 break
             line.pending.popleft()
             self._leave(line, pending)
             self._add_if_wanted(pending, taken)
+            if pending.is_alone:
+                break
         return taken
 
     def settle(self, taken: Iterable[Pending]) -> None:
-        """Give up the room of those requests that have their answer."""
+        """Give up the room of those requests that have their answer and are not back."""
         for pending in taken:
-            if pending.answer.done():
+            if pending.answer.done() and not pending.is_waiting:
                 self._give_room_up(pending)
 
     def take_all(self) -> list[Pending]:
         """Take everything, whatever is on hold included."""
         everything = []
-        for line in (*self._ready.values(), *self._held.values()):
+        self._ready.clear()
+        for line in list(self._lines.values()):
             while line.pending:
                 pending = line.pending.popleft()
                 self._leave(line, pending)
                 self._give_room_up(pending)
                 everything.append(pending)
-            line.room.wake_all()
-        self._ready.clear()
         return everything
 
     def _full(self, session_id: int, size: int) -> _Room | None:
         """Return where there is no room for a request: here, or in its session's line; None when there is.
 
-        No session may take more than it leaves to the others. So however many are stuck, there is room for one more.
+        No session may take more than it leaves to the others, so that it takes a dozen that are stuck to fill it.
         """
         limits = self._limits
         if self._requests >= limits.requests or (self._requests and self._size + size > limits.bytes):
             return self._room
-        line = self._ready.get(session_id) or self._held.get(session_id)
+        line = self._lines.get(session_id)
         if (
             line is not None
             and line.requests
@@ -330,26 +329,29 @@ class AppendQueue:
         self._enter(line, pending)
 
     def _line(self, session_id: int) -> _Line:
-        line = self._ready.get(session_id) or self._held.get(session_id)
+        line = self._lines.get(session_id)
         if line is None:
-            line = self._ready[session_id] = _Line(self.arrivals)
+            line = self._lines[session_id] = _Line(session_id, self.arrivals)
         return line
 
     def _enter(self, line: _Line, pending: Pending) -> None:
         self._waiting += 1
+        pending.is_waiting = True
         if pending.line is None:
+            pending.line = line
+            line.requests += 1
+            line.size += pending.size
             self._requests += 1
             self._size += pending.size
-        else:
-            pending.line.count(pending, -1)
-        pending.line = line
-        line.count(pending, 1)
+        if line.session_id not in self._held and line.session_id not in self._ready:
+            self._ready[line.session_id] = line
         events = len(pending.request.events)
         line.events += events
         line.arrivals.add(events)
 
     def _leave(self, line: _Line, pending: Pending) -> None:
         self._waiting -= 1
+        pending.is_waiting = False
         events = len(pending.request.events)
         line.events -= events
         line.arrivals.add(-events)
@@ -357,11 +359,18 @@ class AppendQueue:
     def _give_room_up(self, pending: Pending) -> None:
         line, pending.line = pending.line, None
         if line is not None:
-            line.count(pending, -1)
+            line.requests -= 1
+            line.size -= pending.size
             self._requests -= 1
             self._size -= pending.size
             line.room.wake()
             self._room.wake()
+            self._drop_if_unused(line)
+
+    def _drop_if_unused(self, line: _Line) -> None:
+        if not line.requests and line.session_id not in self._held:
+            del self._lines[line.session_id]
+            line.room.wake_all()
 
     def _add_if_wanted(self, pending: Pending, taken: list[Pending]) -> None:
         if not add_if_wanted(pending, taken):

@@ -18,7 +18,7 @@ has done nothing, and the five steps follow.
 What fails:
 
 * Before the commit was sent, nothing is stored. A conflict or a lost connection is tried again; an unexpected error
-  makes the requests be tried one by one, so that a poisoned one takes no other down with it.
+  makes each of the requests be tried alone, so that a poisoned one takes no other down with it.
 * When the connection is lost during the commit, nobody knows its outcome, and each request keeps what it would have
   stored (`doubt`). The next transaction takes the session's lock: then the old one has ended, one way or the other, and
   the event at our first number tells which. If it is not there, the same transaction stores the request once more.
@@ -29,7 +29,6 @@ What fails:
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
@@ -143,7 +142,8 @@ class Sequencer:
         """What is written next, where it was taken while the last transaction was under way."""
         self._plan: Plan | None = None
         """What was planned for it."""
-        self._writing: set[Pending] = set()
+        self._writing: dict[int, list[Pending]] = {}
+        """What is being written, by the identity of the batch. What is put off is taken out of it."""
         self._wrote = asyncio.Event()
         self._connections = AppendConnections(database)
         self._held_slots = asyncio.Semaphore(_HELD_SESSIONS)
@@ -223,8 +223,9 @@ class Sequencer:
                     self._wrote.clear()
                     await self._wrote.wait()
         except TimeoutError:
-            _log.warning("appends were cut off", waiting=len(self._queue), writing=len(self._writing))
-        in_doubt = list(self._writing)
+            writing = sum(map(len, self._writing.values()))
+            _log.warning("appends were cut off", waiting=len(self._queue), writing=writing)
+        in_doubt = [pending for batch in self._writing.values() for pending in batch]
         await self._tasks.cancel()
         self._put_back_next()
         self._fail(self._queue.take_all(), ShuttingDown())
@@ -264,36 +265,45 @@ class Sequencer:
 
     async def _write_held(self, session_id: int, arrivals: Arrivals) -> None:
         """Write what waits for one session apart, for as long as somebody else writes into it, too."""
-        expected = 1
+        expected, stuck_since = 1, perf_counter()
         try:
             while await _gathered_in_time(arrivals, expected):
                 async with self._held_slots:
                     batch = self._queue.take_held(session_id, events=_TRANSACTION_EVENTS, size=_TRANSACTION_BYTES)
                     active = events_of(batch)
-                    done = await self._write(batch, wait_seconds=_LOCK_TURN)
+                    done = await self._write(batch, wait_seconds=_LOCK_TURN, stuck_since=stuck_since)
                 expected = active + arrivals.ready
+                if done:
+                    stuck_since = perf_counter()
                 if done and self._heads.is_ours(session_id):
                     return
         finally:
             self._queue.release(session_id)
 
-    async def _write(self, batch: list[Pending], *, wait_seconds: float | None = None) -> bool:
-        """Write requests in one transaction and answer them; when that fails, tell them, or try them one by one.
+    async def _write(
+        self, taken: list[Pending], *, wait_seconds: float | None = None, stuck_since: float = 0.0
+    ) -> bool:
+        """Write requests in one transaction and answer them; those that it is not the end for are back in the queue.
 
-        False when the lock was not to be had in `wait_seconds`: those who can wait longer are back in the queue.
+        Args:
+            taken: The requests.
+            wait_seconds: How long to wait for sessions that others hold; None puts their requests off.
+            stuck_since: When others were found to hold them, or last let go of them, by `time.perf_counter`.
+
+        Returns:
+            False when the locks were not to be had in that time.
         """
-        taken, batch = batch, []
+        batch: list[Pending] = []
         for pending in taken:
             add_if_wanted(pending, batch)
-        mine = list(batch)
-        self._writing.update(mine)
+        self._writing[id(batch)] = batch
         try:
             written = await self._write_with_retries(batch, wait_seconds) if batch else None
         except LockTimeout as error:
-            now = self._loop.time()
+            now = perf_counter()
             for pending in batch:
-                pending.give_up_at = min(pending.give_up_at, now + (_RESOLVE if pending.attempts else _LOCK_WAIT))
-            self._fail([pending for pending in batch if pending.give_up_at <= now], error)
+                if now - max(pending.since, stuck_since) >= (_RESOLVE if pending.attempts else _LOCK_WAIT):
+                    self._fail([pending], error)
             self._queue.put_back([pending for pending in batch if not pending.answer.done()])
             return False
         except CollabError as error:
@@ -302,29 +312,18 @@ class Sequencer:
             if len(batch) == 1:
                 self._fail(batch, error)
             else:
-                _log.warning("an append transaction failed, its requests are tried one by one", cause=repr(error))
-                await self._write_one_by_one(batch, wait_seconds)
+                _log.warning("an append transaction failed, each of its requests is tried alone", cause=repr(error))
+                for pending in batch:
+                    pending.is_alone = True
+                self._queue.put_back(batch)
         else:
             if written is not None:
                 self._tell(written, batch)
         finally:
-            self._writing.difference_update(mine)
+            del self._writing[id(batch)]
             self._queue.settle(taken)
             self._wrote.set()
         return True
-
-    async def _write_one_by_one(self, batch: list[Pending], wait_seconds: float | None) -> None:
-        left = deque(batch)
-        while left:
-            pending = left.popleft()
-            session_id = pending.request.session_id
-            await self._write([pending], wait_seconds=wait_seconds)
-            if not pending.answer.done() or (wait_seconds is None and self._queue.is_held(session_id)):
-                # It was put off, so those behind it in its session are, too; they keep their order.
-                behind = [other for other in left if other.request.session_id == session_id]
-                left = deque(other for other in left if other.request.session_id != session_id)
-                first = [pending] if self._queue.remove(pending) else []
-                self._queue.put_back(first + behind)
 
     async def _write_with_retries(self, batch: list[Pending], wait_seconds: float | None) -> Written | None:
         """Write requests in one transaction; None when nobody waits for them any more."""

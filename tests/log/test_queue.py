@@ -1,6 +1,8 @@
 """The queue of appends: bounded, fair, in order."""
 
 import asyncio
+import random
+from contextlib import suppress
 
 import pytest
 
@@ -73,7 +75,7 @@ async def test_a_full_queue_refuses() -> None:
 
 
 async def test_sessions_that_are_stuck_leave_room() -> None:
-    """However many sessions take as much as they can, one more finds room."""
+    """Each of several sessions that take as much as they can leaves as much again: one more finds room."""
     queue = AppendQueue(QueueLimits(requests=1_000, bytes=100_000, session_bytes=25_000))
     for stuck in range(1, 7):
         with pytest.raises(Overloaded, match="this session"):
@@ -125,6 +127,34 @@ async def test_what_was_taken_of_a_session_counts_for_it() -> None:
     answer(queue, queue.take_held(2, events=1, size=10))
     for session_id in (1, 2):
         queue.put(pending(session_id))
+
+
+async def test_the_share_of_a_session_counts_what_is_under_way() -> None:
+    """A session whose line was taken as a whole has no new share while that is under way."""
+    queue = AppendQueue(QueueLimits(requests=10, session_requests=5))
+    for _ in range(5):
+        queue.put(pending(1))
+    taken = queue.take(events=9, size=9, sessions=9)
+    with pytest.raises(Overloaded, match="this session"):
+        queue.put(pending(1))
+    assert answer(queue, taken) == [1] * 5
+    queue.put(pending(1))
+
+
+async def test_alone() -> None:
+    """A request that shall not share a transaction is taken by itself, in its turn, also of a session on hold."""
+    queue = AppendQueue(QueueLimits())
+    first, alone, last = [pending(n) for n in (1, 2, 3)]
+    alone.is_alone = True
+    for p in (first, alone, last):
+        queue.put(p)
+    assert [queue.take(events=9, size=9, sessions=9) for _ in range(3)] == [[first], [alone], [last]]
+    queue.put_back([first, alone, last])
+    behind = pending(2)
+    queue.put(behind)
+    queue.hold(2)
+    assert [queue.take_held(2, events=9, size=9) for _ in range(2)] == [[alone], [behind]]
+    assert sorted(sessions(queue.take(events=9, size=9, sessions=9))) == [1, 3]
 
 
 async def test_one_request_larger_than_the_bounds_is_taken_when_nothing_waits() -> None:
@@ -225,6 +255,137 @@ async def test_waiting_for_room_in_a_session() -> None:
             await asyncio.sleep(0)
     queue.release(1)
     assert len(queue.take(events=9, size=100, sessions=100)) <= 1
+
+
+async def test_room_that_one_waiter_cannot_use_is_the_next_ones() -> None:
+    """Who is woken and finds the room taken by others of the own session lets the next one have it."""
+    queue = AppendQueue(QueueLimits(requests=6, session_requests=3))
+    stuck, others = [pending(1) for _ in range(3)], [pending(n) for n in (2, 3, 4)]
+    for p in (*stuck, *others):
+        queue.put(p)
+    queue.take(events=99, size=99, sessions=9)
+    queue.put_back(stuck)
+    queue.hold(1)
+    waiting = [asyncio.create_task(queue.put_when_there_is_room(pending(n))) for n in (1, 1, 7)]
+    await asyncio.sleep(0)
+    answer(queue, others[:1])
+    async with asyncio.timeout(5):
+        await waiting[2]
+    assert [task.done() for task in waiting] == [False, False, True]
+    for task in waiting[:2]:
+        task.cancel()
+
+
+async def test_a_caller_who_leaves_while_its_request_comes_back() -> None:
+    """A request whose caller has left after it was put back takes nothing of its session with it."""
+    queue = AppendQueue(QueueLimits())
+    left, other = pending(1), pending(1)
+    queue.put(left)
+    taken = queue.take(events=9, size=9, sessions=9)
+    queue.put_back(taken)
+    left.answer.cancel()
+    queue.settle(taken)
+    queue.put(other)
+    queue.remove(left)
+    assert queue.take(events=9, size=9, sessions=9) == [other]
+
+
+@pytest.mark.parametrize("seed", range(100))
+async def test_whatever_happens(seed: int) -> None:
+    """Nothing is lost, repeated or out of order, and all room comes back, in any order of events."""
+    chances = random.Random(seed)
+    queue = AppendQueue(QueueLimits(requests=12, bytes=40, session_requests=6, session_bytes=20))
+    orders: dict[int, list[Pending]] = {session_id: [] for session_id in range(4)}
+    """What waits, by session."""
+    batches: list[list[Pending]] = []
+    """What was taken."""
+    held: set[int] = set()
+    waiting: dict[asyncio.Task[None], Pending] = {}
+
+    async def wait_for_room(request: Pending) -> None:
+        await queue.put_when_there_is_room(request)
+        orders[request.request.session_id].append(request)
+
+    def new() -> Pending:
+        return pending(chances.randrange(4), size=chances.randint(1, 9), events=chances.randint(1, 3))
+
+    def put() -> None:
+        request = new()
+        with suppress(Overloaded):
+            queue.put(request)
+            orders[request.request.session_id].append(request)
+
+    def put_later() -> None:
+        request = new()
+        waiting[asyncio.create_task(wait_for_room(request))] = request
+
+    def take() -> None:
+        bounds = {"events": chances.randint(1, 6), "size": chances.randint(1, 20)}
+        if held and chances.random() < 0.5:
+            taken = queue.take_held(chances.choice(sorted(held)), **bounds)
+        else:
+            taken = queue.take(**bounds, sessions=chances.randint(1, 4))
+        for session_id, order in orders.items():
+            mine = [p for p in taken if p.request.session_id == session_id]
+            gone = order[: order.index(mine[-1]) + 1] if mine else []
+            assert mine == [p for p in gone if p.is_wanted]
+            del order[: len(gone)]
+            while order and not order[0].is_wanted and not order[0].is_waiting:
+                del order[0]  # dropped
+        batches.append(taken)
+
+    def finish() -> None:
+        batch = batches.pop(chances.randrange(len(batches))) if batches else []
+        for request in batch:
+            if chances.random() < 0.7 and not request.answer.done():
+                request.answer.set_result(Overloaded("for a test"))
+        back = [request for request in batch if not request.answer.done()]
+        queue.put_back(back)
+        for request in reversed(back):
+            orders[request.request.session_id].insert(0, request)
+            if chances.random() < 0.2:
+                request.answer.cancel()
+        queue.settle(batch)
+
+    def leave() -> None:
+        order = orders[chances.randrange(4)]
+        if order:
+            request = chances.choice(order)
+            request.answer.cancel()
+            assert queue.remove(request)
+            order.remove(request)
+        elif waiting:
+            chances.choice(list(waiting)).cancel()
+
+    def hold_or_release() -> None:
+        session_id = chances.randrange(4)
+        (queue.release if session_id in held else queue.hold)(session_id)
+        held.symmetric_difference_update({session_id})
+
+    def check() -> None:
+        here = [p for order in orders.values() for p in order]
+        assert len(queue) == len(here)
+        assert queue.arrivals.ready == sum(
+            len(p.request.events) for session_id, order in orders.items() if session_id not in held for p in order
+        )
+        assert queue.size == sum(p.size for p in {*here, *(p for batch in batches for p in batch)} if p.line)
+
+    for _ in range(120):
+        chances.choice([put, put, put_later, take, take, finish, finish, leave, hold_or_release])()
+        for _ in range(chances.choice([0, 0, 1, 3])):
+            await asyncio.sleep(0)
+        check()
+    for session_id in held:
+        queue.release(session_id)
+    held.clear()
+    for _ in range(500):
+        finish()
+        take()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        for task in [task for task in waiting if task.done()]:
+            del waiting[task]
+    assert (len(queue), queue.size, queue.arrivals.ready, len(waiting)) == (0, 0, 0, 0)
 
 
 async def test_behind_a_fault() -> None:

@@ -9,19 +9,22 @@ import psycopg
 import pytest
 
 from collab_service.config import Config
+from collab_service.log import sequencer
 from collab_service.log.decide import Appended
 from collab_service.log.service import LogService
 from collab_service.model import NewEvent, QueueLimits
 from collab_service.model.errors import (
     CommitOutcomeUnknown,
     IdempotencyKeyReused,
+    LockTimeout,
     Overloaded,
     ServerSeqConflict,
     SessionNotFound,
     ShuttingDown,
 )
 from tests.log.conftest import StartService
-from tests.log.logs import append, new_session, read_all, read_checked, unseen
+from tests.log.logs import append, new_session, read_all, read_checked, session_with_known_head, unseen
+from tests.proxy import INSERTING, INSERTING_BEHIND_HEADS, PostgresProxy
 from tests.waiting import until
 
 
@@ -46,6 +49,13 @@ async def is_waiting_for_lock(url: str) -> bool:
         )
         row = await cursor.fetchone()
         return row is not None and row[0] > 0
+
+
+@pytest.fixture
+def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for sessions that others hold for 2 s, a little at a time."""
+    monkeypatch.setattr(sequencer, "_LOCK_WAIT", 2.0)
+    monkeypatch.setattr(sequencer, "_LOCK_TURN", 0.05)
 
 
 async def test_numbers_are_gap_free_under_concurrency(start_service: StartService) -> None:
@@ -302,6 +312,93 @@ async def test_a_poisoned_request_and_a_session_that_is_taken_meanwhile(service:
     assert sum(isinstance(result, Appended) for result in results) == 7
     assert [e.content for e in await read_checked(service, session_id)] == [event(n) for n in range(8) if n != 3]
     await append(service, other, event(1))
+
+
+async def test_what_comes_while_a_poisoned_batch_is_tried_again(
+    proxy: PostgresProxy, start_service: StartService, database_url: str
+) -> None:
+    """When somebody takes the row meanwhile, what was put off stays before what has come after it."""
+    service = start_service(proxy.url)
+    session_id, other = await new_session(service), await new_session(service)
+    later: list[asyncio.Task[Appended]] = []
+    async with await psycopg.AsyncConnection.connect(database_url) as rival:
+
+        async def take_the_row() -> None:
+            await rival.execute("SELECT id FROM collab_sessions WHERE id = %s FOR UPDATE", (session_id,))
+
+        async def meanwhile() -> None:
+            later.append(asyncio.create_task(append(service, session_id, event(3))))
+            rivals.append(asyncio.create_task(take_the_row()))
+            await until(lambda: is_waiting_for_lock(database_url), "somebody who waits for the row")
+
+        rivals: list[asyncio.Task[None]] = []
+        proxy.before_anybody_says(INSERTING, meanwhile)
+        poison = asyncio.create_task(append(service, other, NewEvent(actor_id="NUL \0 got past validation")))
+        tasks = [asyncio.create_task(append(service, session_id, event(n))) for n in (1, 2)]
+        with pytest.raises(psycopg.DataError):
+            await poison
+        await rivals[0]
+        await until(lambda: is_waiting_for_lock(database_url), "waiting for the lock")
+        await rival.rollback()
+        await asyncio.gather(*tasks, *later)
+    assert [e.content for e in await read_checked(service, session_id)] == [event(1), event(2), event(3)]
+
+
+async def test_many_events_come_while_a_poisoned_batch_is_tried_again(
+    proxy: PostgresProxy, start_service: StartService
+) -> None:
+    """What is taken ahead meanwhile is written, too: nobody waits for ever."""
+    service = start_service(proxy.url)
+    ids = [await session_with_known_head(service) for _ in range(5)]
+    many = [event(n) for n in range(100)]
+    later: list[asyncio.Task[Appended]] = []
+
+    async def another_comes() -> None:
+        if len(later) < 4:
+            later.append(asyncio.create_task(append(service, ids[3 + len(later) % 2], *many)))
+            for _ in range(10):  # until it is taken
+                await asyncio.sleep(0)
+            proxy.before_anybody_says(INSERTING_BEHIND_HEADS, another_comes)
+
+    async def come() -> bool:
+        return len(later) == 4
+
+    proxy.before_anybody_says(INSERTING_BEHIND_HEADS, another_comes)
+    poison = asyncio.create_task(append(service, ids[0], NewEvent(actor_id="NUL \0 got past validation")))
+    tasks = [asyncio.create_task(append(service, session_id, *many)) for session_id in ids[1:3]]
+    with pytest.raises(psycopg.DataError):
+        await poison
+    async with asyncio.timeout(20):
+        await asyncio.gather(*tasks)
+        await until(come, "all that comes meanwhile")
+        await asyncio.gather(*later)
+    lengths = [len(await read_checked(service, session_id)) for session_id in ids]
+    assert lengths == [2, 102, 102, 202, 202]
+
+
+async def test_stopping_while_a_session_is_held(start_service: StartService, database_url: str) -> None:
+    """Who waits for a session that somebody else has locked is told when the grace is over, and nothing is stored."""
+    service, reader = start_service(), start_service()
+    session_id = await new_session(service)
+    async with holding(database_url, session_id):
+        task = asyncio.create_task(append(service, session_id, event(1)))
+        await until(lambda: is_waiting_for_lock(database_url), "waiting for the lock")
+        await service.stop(0.1)
+        async with asyncio.timeout(10):
+            with pytest.raises((ShuttingDown, CommitOutcomeUnknown)):
+                await task
+    assert await read_all(reader, session_id) == []
+
+
+async def test_a_long_line_for_a_stuck_session(service: LogService, database_url: str, quick_locks: None) -> None:
+    """Those at its end are told together with those at its front: each has waited long enough."""
+    session_id = await new_session(service)
+    many = [event(n) for n in range(1_000)]
+    async with holding(database_url, session_id):
+        tasks = [asyncio.create_task(append(service, session_id, *many)) for _ in range(10)]
+        async with asyncio.timeout(8):  # each transaction's worth of them by turns would take 20 s
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {LockTimeout}
 
 
 async def test_a_replay_over_events_that_have_just_come(service: LogService) -> None:
