@@ -424,7 +424,7 @@ async def test_a_worker_that_never_serves_ends_it_all(database_url: str, directo
     with started(ServeProcess("--database-url", database_url, "--workers", "2", cwd=directory)) as process:
         pids = await children_under_way(process, 2)
         os.kill(pids[0], signal.SIGKILL)
-        assert process.wait(5) == 1
+        assert process.wait(START_SECONDS) == 1
         assert not any(map(is_running, pids))
     assert "serving" not in [line["event"] for line in process.lines]
     assert_discreet(process.text(), password_of(database_url))

@@ -4,6 +4,7 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,15 @@ async def stored(client: CollabClient, session_id: int) -> list[Event]:
 
 
 async def lose(proxy: TcpProxy, client: CollabClient) -> None:
-    """Cut the connection, let none be made, and wait until the client has noticed."""
+    """Cut the connection, let none be made, and wait until the client has tried to make one, so that all know of it."""
     proxy.refuse()
+    refused = proxy.refused
     proxy.cut()
 
     async def has_noticed() -> bool:
-        try:
-            return not await client.is_serving()
-        except Unavailable:
-            return True
+        with suppress(Unavailable):
+            await client.is_serving()
+        return proxy.refused > refused
 
     await until(has_noticed, "an attempt to connect")
 
