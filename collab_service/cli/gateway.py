@@ -42,7 +42,7 @@ def gateway(
     Example: `collab gateway --target collab.internal:50051 --http-address 127.0.0.1:8081`
     """
     # Imported only here, since it takes a while that no other command should wait for.
-    from collab_service.cli import process, serving
+    from collab_service.cli import process
     from collab_service.cli.loop import new_event_loop
     from collab_service.gateway.server import GatewayConfig
     from collab_service.logs import configure_logs
@@ -54,7 +54,7 @@ def gateway(
         max_body_bytes=max_body_bytes,
         max_connections=max_connections,
     )
-    with serving.server_errors(), asyncio.Runner(loop_factory=new_event_loop) as runner:
-        serving.check_reach("--http-address", http_address, allow_unauthenticated)
+    with process.server_errors(), asyncio.Runner(loop_factory=new_event_loop) as runner:
+        process.check_reach("--http-address", http_address, allow_unauthenticated)
         configure_logs(log_format)
         sys.exit(runner.run(process.run_gateway(config, shutdown_grace)))

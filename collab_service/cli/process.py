@@ -6,24 +6,46 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from collab_service import __version__
-from collab_service.addresses import join_address, split_address
+from collab_service.addresses import AddressError, is_loopback, join_address, split_address
+from collab_service.cli.failure import CommandError
 from collab_service.cli.files import connections_that_fit
 from collab_service.config import Config
 from collab_service.gateway.server import GatewayConfig, GatewayServer
 from collab_service.metrics import GatewayMetrics, Metrics, ServiceMetrics
+from collab_service.model.errors import CollabError
 from collab_service.rpc.server import Server
 
 _log = structlog.get_logger(__name__)
 
 _AT_ONCE = 2.0
 """Seconds in which everything is let go of when there is no grace."""
+
+
+@contextlib.contextmanager
+def server_errors(*more: type[Exception]) -> Iterator[None]:
+    """Turn the errors that a process that serves may end with, and `more`, into `CommandError`."""
+    errors: tuple[type[Exception], ...] = (AddressError, CollabError, *more)
+    try:
+        yield
+    except errors as error:
+        raise CommandError(str(error)) from error
+
+
+def check_reach(option: str, address: str, allow_unauthenticated: bool) -> None:
+    """Raise `CommandError` when an address can be reached from other machines and nobody has allowed it."""
+    host, _ = split_address(address)
+    if not is_loopback(host) and not allow_unauthenticated:
+        raise CommandError(
+            f"{option} {address} can be reached from other machines, and there is no authentication yet; "
+            "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
+        )
 
 
 def stop_event() -> asyncio.Event:

@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import structlog
 
-from collab_service.addresses import AddressError, free_place, is_loopback, split_address
+from collab_service.addresses import AddressError, free_place
 from collab_service.cli.failure import CommandError
 from collab_service.cli.loop import new_event_loop
 from collab_service.cli.migrate import check_database_url
-from collab_service.cli.process import log_serving, run_server, stop_event
+from collab_service.cli.process import check_reach, log_serving, run_server, server_errors, stop_event
 from collab_service.cli.workers import Workers
 from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.logs import LogFormat, configure_logs
 from collab_service.metrics import Metrics
-from collab_service.model.errors import CollabError, StorageUnavailable
+from collab_service.model.errors import StorageUnavailable
 from collab_service.storage import schema
 from collab_service.storage.database import place_of, reach
 from collab_service.storage.driver_errors import cause_of, is_refusal
@@ -42,15 +42,6 @@ _SPARE_CONNECTIONS = 20
 """For people who look into the database."""
 
 
-@contextmanager
-def server_errors() -> Iterator[None]:
-    """Turn the errors that a server ends with into `CommandError`."""
-    try:
-        yield
-    except (EmbeddedError, AddressError, UnsuitableDatabase, CollabError) as error:
-        raise CommandError(str(error)) from error
-
-
 def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool, http_if_free: bool) -> int:
     """Serve until SIGTERM or Ctrl-C, and return the exit status.
 
@@ -63,7 +54,7 @@ def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool, h
     Raises:
         CommandError: It is not possible.
     """
-    with server_errors():
+    with server_errors(EmbeddedError, UnsuitableDatabase):
         check_reach("--grpc-address", config.grpc_address, allow_unauthenticated)
         if config.http_address is not None:
             check_reach("--http-address", config.http_address, allow_unauthenticated)
@@ -71,16 +62,6 @@ def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool, h
             check_database_url(config.database_url)
         configure_logs(log_format)
         return _run(config, log_format, http_if_free=http_if_free)
-
-
-def check_reach(option: str, address: str, allow_unauthenticated: bool) -> None:
-    """Raise `CommandError` when an address can be reached from other machines and nobody has allowed it."""
-    host, _ = split_address(address)
-    if not is_loopback(host) and not allow_unauthenticated:
-        raise CommandError(
-            f"{option} {address} can be reached from other machines, and there is no authentication yet; "
-            "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
-        )
 
 
 class _Stopped(BaseException):

@@ -14,8 +14,7 @@ import structlog
 
 from collab_service.cli.failure import told_in_a_sentence
 from collab_service.cli.loop import new_event_loop
-from collab_service.cli.process import run_server, stop_event
-from collab_service.cli.serving import server_errors
+from collab_service.cli.process import run_server, server_errors, stop_event
 from collab_service.cli.workers import READY, Order
 from collab_service.logs import configure_logs
 from collab_service.metrics import Metrics
