@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from collab_service.storage import schema
-from collab_service.storage.embedded import Cluster, DataDirectory
+from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
 from collab_service.storage.embedded.accounts import postgres_account
 from tests.cli.test_workers import children_of, is_running
 from tests.processes import ServeProcess
@@ -224,10 +224,14 @@ class Postgres:
         self._data.release()
 
     def _start(self) -> None:
-        self._cluster.start(
-            f"commit_delay={_COMMIT_MICROSECONDS}", "commit_siblings=0", f"max_connections={_MAX_CONNECTIONS}",
-            "min_wal_size=32MB", "max_wal_size=64MB",
-        )  # fmt: skip
+        try:
+            self._cluster.start(
+                f"commit_delay={_COMMIT_MICROSECONDS}", "commit_siblings=0", f"max_connections={_MAX_CONNECTIONS}",
+                "min_wal_size=32MB", "max_wal_size=64MB",
+            )  # fmt: skip
+        except EmbeddedError as error:
+            error.add_note(self._data.log.read_text()[-4_000:])  # it is taken away with the rest
+            raise
 
 
 class Ground:
