@@ -23,7 +23,7 @@ run: install ## Start the service with a PostgreSQL of its own (more: collab ser
 	$(BIN)/collab serve
 
 test: install ## Run the tests, on several cores (under five minutes)
-	@$(BIN)/python -m compileall -q collab_service tests # for the processes that tests start, where none may be kept
+	@$(BIN)/python -m compileall -q collab_service tests # once, where Python keeps no bytecode of its own accord
 	$(BIN)/python -m pytest -m "not long" -n 4 --dist loadfile
 
 test-long: install ## Run what takes longer: whole traces, a million events, the built wheel

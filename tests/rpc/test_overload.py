@@ -168,6 +168,7 @@ async def test_calls_that_are_given_up_by_the_hundred(
             await until(have_come, f"{count} calls in progress")
             for call in calls:
                 call.cancel()
+            assert {await call.code() for call in calls} == {grpc.StatusCode.CANCELLED}
 
         async def all_are_told_of() -> bool:
             await give_up(1)
