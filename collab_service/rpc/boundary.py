@@ -143,18 +143,19 @@ class Boundary:
 
     def _failure(self, method: str, request_id: str, error: Exception) -> Failure:
         """Log what has gone wrong, and return what to answer."""
-        log = _log.bind(method=method, request_id=request_id)
-        if not isinstance(error, CollabError):
-            failure = internal_failure(request_id)
-            log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
-            return failure
-        failure = failure_of(error)
+        log = _log
         if isinstance(error, Overloaded):
             calls = self._refused_lines.take()
             if not calls:
-                return failure
+                return failure_of(error)
             log = log.bind(calls=calls)
-        log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
+        log = log.bind(method=method, request_id=request_id)
+        if isinstance(error, CollabError):
+            failure = failure_of(error)
+            log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
+        else:
+            failure = internal_failure(request_id)
+            log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
         return failure
 
 

@@ -17,8 +17,6 @@ from collab_service.rpc.stuck import StuckMessages
 from collab_service.rpc.validate import Check, session_of
 from collab_service.v1 import collab_service_pb2 as pb
 
-_WORTH_A_LOOK = 16 * 1024
-"""Bytes of a request from which on looking at it before it is decoded may save something."""
 _STALLED = 60.0
 """Seconds after which a reader that takes no message is ended."""
 _OF_COLUMNS = ("collab-events-of", "columns")
@@ -46,8 +44,8 @@ class Servicer:
         self._stopping = False
 
     def look_at(self, append: bytes) -> None:
-        """Raise `Overloaded` for a large append to a session for which too much is waiting, before it is decoded."""
-        if len(append) >= _WORTH_A_LOOK and (session_id := session_of(append)) is not None:
+        """Raise `Overloaded` for an append to a session for which too much is waiting, before it is decoded."""
+        if (session_id := session_of(append)) is not None:
             self._service.check_room(session_id, len(append))
 
     def stop_streams(self) -> None:

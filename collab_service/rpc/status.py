@@ -4,6 +4,7 @@ The errors' model is that of https://google.aip.dev/193.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -12,7 +13,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from collab_service.model.errors import CollabError, InvalidArgument, Reason
+from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, Reason
 from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1 import error_reason_pb2 as pb_reason
 
@@ -59,6 +60,18 @@ class Failure:
 
 def failure_of(error: CollabError) -> Failure:
     """Return the answer for one of our errors."""
+    if isinstance(error, Overloaded):
+        return _refusal(str(error))
+    return _failure_of(error)
+
+
+@lru_cache(64)
+def _refusal(message: str) -> Failure:
+    """Return the answer for one of a few errors that are sent by the thousand, so that making it would be felt."""
+    return _failure_of(Overloaded(message))
+
+
+def _failure_of(error: CollabError) -> Failure:
     details: list[Message] = []
     if isinstance(error, InvalidArgument):
         details.append(_bad_request(error))
