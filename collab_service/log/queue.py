@@ -119,6 +119,30 @@ class _Room:
             self.wake()
 
 
+class _Share:
+    """What lines have room for together."""
+
+    __slots__ = ("max_requests", "max_size", "requests", "room", "size")
+
+    def __init__(self, max_requests: int, max_size: int) -> None:
+        self.max_requests = max_requests
+        self.max_size = max_size
+        self.requests = 0
+        """Requests that have room: those that wait, and those that were taken and may come back."""
+        self.size = 0
+        """Bytes of those."""
+        self.room = _Room()
+
+    def add(self, requests: int, size: int) -> None:
+        """Take note of requests that have come, or (when negative) are gone."""
+        self.requests += requests
+        self.size += size
+
+    def is_full(self, size: int) -> bool:
+        """Tell whether there is no room for a request of so many bytes. There is for one of any size if it is alone."""
+        return self.requests >= self.max_requests or (self.requests > 0 and self.size + size > self.max_size)
+
+
 class _Line:
     """The requests of one session, in order. With many sessions, one is made for nearly every request."""
 
@@ -140,7 +164,8 @@ class _Line:
 class AppendQueue:
     """Requests by session, in order within a session, taken in turns among sessions.
 
-    A session that somebody else has locked is put on hold: its requests are taken apart from the others'.
+    A session that somebody else has locked is put on hold: its requests are taken apart from the others', and all such
+    sessions together may fill only half of the room, so that however many are stuck, there is some for the rest.
     What was taken may have to come back, so it keeps its room until it is answered.
     """
 
@@ -152,11 +177,9 @@ class AppendQueue:
         """Those of them from which to take next, in turn."""
         self._held: dict[int, _Line] = {}
         self._waiting = 0
-        self._requests = 0
-        """Requests that have room: those that wait, and those that were taken and may come back."""
-        self._size = 0
-        """Bytes of those."""
-        self._room = _Room()
+        self._all = _Share(limits.requests, limits.bytes)
+        self._of_held = _Share((limits.requests + 1) // 2, limits.bytes // 2)
+        """What of that the lines on hold may have."""
         self.arrivals = Arrivals()
         """Of all that is not on hold."""
 
@@ -166,7 +189,7 @@ class AppendQueue:
     @property
     def size(self) -> int:
         """Bytes of what waits, or was taken and may come back."""
-        return self._size
+        return self._all.size
 
     @property
     def held_sessions(self) -> int:
@@ -185,8 +208,10 @@ class AppendQueue:
     def check_room(self, session_id: int, size: int) -> None:
         """Raise `Overloaded` if there is no room for a request of so many bytes."""
         room = self._full(session_id, size)
-        if room is self._room:
+        if room is self._all.room:
             raise Overloaded("too many appends are waiting on this server")
+        if room is self._of_held.room:
+            raise Overloaded("too many appends are waiting for sessions that are locked")
         if room is not None:
             raise Overloaded("too many appends are waiting for this session")
 
@@ -225,12 +250,15 @@ class AppendQueue:
         """Keep the requests of a session, which is not on hold yet, from `take`, until `release`; count them apart."""
         self._ready.pop(session_id, None)
         line = self._held[session_id] = self._line(session_id)
+        self._of_held.add(line.requests, line.size)
         self._count_at(line, Arrivals())
         return line.arrivals
 
     def release(self, session_id: int) -> None:
         """End a session's hold."""
         line = self._held.pop(session_id)
+        self._of_held.add(-line.requests, -line.size)
+        self._of_held.room.wake_all()
         self._count_at(line, self.arrivals)
         if line.pending:
             self._ready[session_id] = line
@@ -304,20 +332,24 @@ class AppendQueue:
         return everything
 
     def _full(self, session_id: int, size: int) -> _Room | None:
-        """Return where there is no room for a request: here, or in its session's line; None when there is.
+        """Return where there is no room for a request: in a share, or in its session's line; None when there is.
 
-        No session may take more than it leaves to the others, so that it takes a dozen that are stuck to fill it.
+        No session may take more of a share than it leaves to the others, so that none can fill one.
         """
-        limits = self._limits
-        if self._requests >= limits.requests or (self._requests and self._size + size > limits.bytes):
-            return self._room
+        if self._all.is_full(size):
+            return self._all.room
+        share = self._all
+        if session_id in self._held:
+            share = self._of_held
+            if share.is_full(size):
+                return share.room
         line = self._lines.get(session_id)
         if (
             line is not None
             and line.requests
             and (
-                line.requests >= min(limits.session_requests, limits.requests - self._requests)
-                or line.size + size > min(limits.session_bytes, limits.bytes - self._size)
+                line.requests >= min(self._limits.session_requests, share.max_requests - share.requests)
+                or line.size + size > min(self._limits.session_bytes, share.max_size - share.size)
             )
         ):
             return line.room
@@ -339,10 +371,7 @@ class AppendQueue:
         pending.is_waiting = True
         if pending.line is None:
             pending.line = line
-            line.requests += 1
-            line.size += pending.size
-            self._requests += 1
-            self._size += pending.size
+            self._take_room(line, 1, pending.size)
         if line.session_id not in self._held and line.session_id not in self._ready:
             self._ready[line.session_id] = line
         events = len(pending.request.events)
@@ -359,13 +388,18 @@ class AppendQueue:
     def _give_room_up(self, pending: Pending) -> None:
         line, pending.line = pending.line, None
         if line is not None:
-            line.requests -= 1
-            line.size -= pending.size
-            self._requests -= 1
-            self._size -= pending.size
+            self._take_room(line, -1, -pending.size)
             line.room.wake()
-            self._room.wake()
+            self._of_held.room.wake()
+            self._all.room.wake()
             self._drop_if_unused(line)
+
+    def _take_room(self, line: _Line, requests: int, size: int) -> None:
+        line.requests += requests
+        line.size += size
+        self._all.add(requests, size)
+        if line.session_id in self._held:
+            self._of_held.add(requests, size)
 
     def _drop_if_unused(self, line: _Line) -> None:
         if not line.requests and line.session_id not in self._held:

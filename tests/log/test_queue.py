@@ -85,6 +85,48 @@ async def test_sessions_that_are_stuck_leave_room() -> None:
     assert 90_000 < queue.size < 100_000
 
 
+@pytest.mark.parametrize("size", [1, 100])
+async def test_however_many_are_on_hold(size: int) -> None:
+    """Sessions on hold have half of the room together, by number and by size, and one of them half of that at most."""
+    queue = AppendQueue(QueueLimits(requests=100, bytes=10_000))
+
+    def fill(session_id: int) -> str:
+        with pytest.raises(Overloaded) as refusal:
+            while True:
+                queue.put(pending(session_id, size=size))
+        return str(refusal.value)
+
+    lengths = []
+    for stuck in range(1, 50):
+        queue.hold(stuck)
+        fill(stuck)
+        lengths.append(len(queue))
+    assert lengths[0] == 25
+    assert lengths[-1] == 50
+    assert "sessions that are locked" in fill(1)
+    assert "this session" in fill(50)
+    assert len(queue) == 75
+
+
+@pytest.mark.parametrize("what", ["answered", "released"])
+async def test_waiting_for_what_sessions_on_hold_may_have(what: str) -> None:
+    """Who waits for it gets it when something of it is answered, or when a session is no longer on hold."""
+    queue = AppendQueue(QueueLimits(requests=2))
+    first, second = pending(1), pending(2)
+    queue.put(first)
+    queue.hold(1)
+    queue.hold(2)
+    waiting = asyncio.create_task(queue.put_when_there_is_room(second))
+    await asyncio.sleep(0)
+    assert not second.is_waiting
+    if what == "answered":
+        assert answer(queue, queue.take_held(1, events=1, size=1)) == [1]
+    else:
+        queue.release(1)
+    await waiting
+    assert second.is_waiting
+
+
 async def test_what_was_taken_keeps_its_room() -> None:
     """What was taken can come back without making the queue fuller than it may be; it gives up its room when answered.
 
@@ -110,7 +152,7 @@ async def test_what_was_taken_keeps_its_room() -> None:
 
 async def test_what_was_taken_of_a_session_counts_for_it() -> None:
     """A session on hold takes no more than its share by being tried again and again, in requests and in bytes."""
-    queue = AppendQueue(QueueLimits(requests=100, bytes=1_000, session_requests=3, session_bytes=500))
+    queue = AppendQueue(QueueLimits(requests=100, bytes=2_000, session_requests=3, session_bytes=500))
     first, second = [pending(1, size=10) for _ in range(3)], [pending(2, size=250) for _ in range(2)]
     for p in [*first, *second]:
         queue.put(p)

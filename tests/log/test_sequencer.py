@@ -213,7 +213,7 @@ async def test_callers_who_have_given_up_are_not_written(service: LogService, da
 
 async def test_a_full_queue_refuses_instead_of_growing(start_service: StartService, database_url: str) -> None:
     """With as much waiting or under way as is allowed, the next append is refused at once and not stored."""
-    service = start_service(queue=QueueLimits(requests=10, session_requests=5))
+    service = start_service(queue=QueueLimits(requests=20, session_requests=5))
     session_id = await new_session(service)
     async with holding(database_url, session_id):
         tasks = [asyncio.create_task(append(service, session_id, event(0)))]
