@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -131,6 +132,10 @@ class Server:
         )
         looks = dict.fromkeys(("AppendEvent", "AppendEvents"), self._servicer.look_at)
         server.add_generic_rpc_handlers((self._boundary.generic_handler(SERVICE, self._servicer, looks=looks),))
+        # What comes by the thousand waits in queues of its own, so that nothing else waits behind it: grpc has one for
+        # each method that is registered, and one for the rest. How a call is handled is asked of the boundary, though,
+        # as for those where no handler is registered.
+        server.add_registered_method_handlers(SERVICE.full_name, cast(Any, dict.fromkeys((*looks, "ListEvents"))))
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (
             SERVICE.full_name,

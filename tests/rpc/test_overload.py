@@ -1,6 +1,7 @@
 """Much more than can be carried: what can be is, the rest is refused at once, and nothing grows."""
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -109,6 +110,26 @@ async def test_a_database_that_stands_still(
     assert [event.type for event in events(stub, other)] == ["patient"]
 
 
+async def test_appends_by_the_thousand_are_in_nobody_elses_way(server: ServeProcess, stub: CollabServiceStub) -> None:
+    """Other calls do not wait behind those that came before them and have not begun, even on the same connection."""
+    session_id = new_session(stub)
+    request = pb.AppendEventRequest(session_id=session_id, event=pb.NewEvent()).SerializeToString()
+    async with _channel(server.grpc_address) as channel:
+        await channel.channel_ready()
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            appends = [_call(channel)(request) for _ in range(1_000)]
+            behind = CollabServiceStub(channel).GetSession(pb.GetSessionRequest(session_id=session_id))
+            for _ in range(10):
+                await asyncio.sleep(0)  # all of them begin, in this order
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        stored_before = (await behind).session.last_server_seq
+        await asyncio.gather(*appends)
+    assert stored_before < 500
+    assert events(stub, session_id)[-1].server_seq == 1_000
+
+
 async def test_requests_that_never_come(server: ServeProcess, stub: CollabServiceStub) -> None:
     """Hundreds of calls that have begun and send no request are in nobody's way; thousands only for a moment."""
     session_id = new_session(stub)
@@ -197,10 +218,12 @@ async def test_sessions_that_are_stuck_with_large_appends(
             request = pb.AppendEventRequest(session_id=session_id, event=event).SerializeToString()
             calls += [asyncio.create_task(_append(channel, request)) for _ in range(24)]
 
-        async def are_refused() -> bool:
-            return sum(task.done() for task in calls) >= len(calls) / 8
+        async def have_all_come() -> bool:
+            refused = sum(task.done() for task in calls)
+            return refused + scrape(server.http_address).value("collab_rpcs_in_progress") == len(calls)
 
-        await until(are_refused, "refusals")
+        await until(have_all_come, "all requests, which wait or are refused")
+        assert sum(task.done() for task in calls) >= len(calls) / 2
         for number in range(1, 21):
             assert append(stub, other).event.server_seq == number
         await connection.rollback()
