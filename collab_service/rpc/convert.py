@@ -64,8 +64,25 @@ def appended_message(appended: Appended) -> pb.AppendEventsResponse:
     )
 
 
-def page_bytes(page: Page) -> bytes:
-    """Return a page of events as the bytes of a `ListEventsResponse`.
+class PageEncoder:
+    """Encodes pages of events; one that goes to many readers, one after the other, only once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Chunk, int, int] | None = None
+        self._last_message = b""
+
+    def encode(self, page: Page) -> bytes:
+        """Return a page as the bytes of a `ListEventsResponse`."""
+        if len(page.chunks) != 1 or not page.chunks[0].events:  # it is nobody else's
+            return _page_bytes(page)
+        this = page.chunks[0], page.through, page.head
+        if this != self._last:
+            self._last, self._last_message = this, _page_bytes(page)
+        return self._last_message
+
+
+def _page_bytes(page: Page) -> bytes:
+    """Encode a page.
 
     The events of a chunk are encoded once, whoever they go to. Encoded messages that are put one after the other are
     one message (https://protobuf.dev/programming-guides/encoding/#last-one-wins).

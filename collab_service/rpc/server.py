@@ -67,7 +67,7 @@ class Server:
         await self._health.beat()
         self._tasks.spawn(self._health.run(), "health")
         self._tasks.spawn(self._metrics.of_process.run(), "metrics")
-        self._tasks.spawn(self._servicer.end_stalled(), "stalled readers")
+        self._tasks.spawn(self._servicer.writes.run(), "stalled readers")
         host, port = split_address(self._config.grpc_address)
         if not self._config.share_port:
             free_place(self._config.grpc_address, option=_OPTION)

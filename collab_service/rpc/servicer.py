@@ -1,32 +1,23 @@
 """The RPCs. Each does four things: validate, convert, call, convert back."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from collab_service.log.decide import AppendRequest
 from collab_service.log.service import LogService
 from collab_service.metrics import RpcMetrics
 from collab_service.model import Limits
-from collab_service.model.errors import IdempotencyKeyReused, ReaderStalled, ShuttingDown
+from collab_service.model.errors import IdempotencyKeyReused, ShuttingDown
 from collab_service.rpc.append_stream import AppendStream, HeldByStreams
 from collab_service.rpc.boundary import Context
-from collab_service.rpc.convert import appended_message, event_message, page_bytes, session_message
+from collab_service.rpc.convert import PageEncoder, appended_message, event_message, session_message
 from collab_service.rpc.page_token import make_page_token
-from collab_service.rpc.stuck import StuckMessages
 from collab_service.rpc.validate import Check, session_of
+from collab_service.rpc.writes import Writes
 from collab_service.v1 import collab_service_pb2 as pb
 
-_STALLED = 60.0
-"""Seconds after which a reader that takes no message is ended."""
 _OF_COLUMNS = ("collab-events-of", "columns")
 """Metadata that asks for events as the columns have them, for `collab verify`."""
-_STALLED_WHEN_FULL = 1.0
-"""The same, while so much is on its way to readers that nothing more is read."""
-_LOOK = 0.25
-"""Seconds between looks at whether that is so."""
-_LAST_MESSAGE = 1.0
-"""Seconds that a follower gets to take its last message when the server stops."""
 
 
 class Servicer:
@@ -34,13 +25,11 @@ class Servicer:
 
     def __init__(self, service: LogService, limits: Limits, metrics: RpcMetrics) -> None:
         self._service = service
-        self._metrics = metrics
         self._limits = limits
         self._append_streams: set[AppendStream] = set()
         self._held_by_streams = HeldByStreams()
-        self._writes: dict[asyncio.Timeout, bool] = {}
-        """Messages on their way to readers, and whether they are those of a follow."""
-        self._stuck = StuckMessages()
+        self._pages = PageEncoder()
+        self.writes = Writes(metrics, lambda: service.readers_hold_too_much)
         self._stopping = False
 
     def look_at(self, append: bytes) -> None:
@@ -54,19 +43,7 @@ class Servicer:
         for stream in self._append_streams:
             stream.stop()
         self._service.stop_following()
-        for timeout, follow in self._writes.items():
-            if follow:
-                _end_in(timeout, _LAST_MESSAGE)
-
-    async def end_stalled(self) -> None:
-        """End readers that take nothing while there is no room for others, for ever."""
-        while True:
-            await asyncio.sleep(_LOOK)
-            if self._service.readers_hold_too_much:
-                begun_before = asyncio.get_running_loop().time() - _STALLED_WHEN_FULL
-                for timeout in self._writes:
-                    if (end := timeout.when()) is not None and end - _STALLED < begun_before:
-                        _end_in(timeout, 0)
+        self.writes.stop()
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Create a session, or return the one that has the room."""
@@ -180,29 +157,12 @@ class Servicer:
         )
         async with aclosing(pages):
             async for page in pages:
-                message = page_bytes(page)
+                message = self._pages.encode(page)
                 del page  # a reader that stalls shall cost no more than the bytes
-                await self._write(message, context, follow=request.follow)
-
-    async def _write(self, message: bytes, context: Context, *, follow: bool) -> None:
-        try:
-            async with asyncio.timeout(_LAST_MESSAGE if follow and self._stopping else _STALLED) as timeout:
-                self._writes[timeout] = follow
-                await context.write(message)
-            self._metrics.sent(len(message), follow=follow)
-        except TimeoutError:
-            self._stuck.add(context.peer(), len(message))
-            raise ShuttingDown if follow and self._stopping else ReaderStalled from None
-        finally:
-            self._writes.pop(timeout, None)
+                await self.writes.write(message, context, follow=request.follow)
 
     def _language_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> int | None:
         return check.at_least(1, "language_id", request.language_id) if request.HasField("language_id") else None
 
     def _owner_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> str | None:
         return check.text("owner_id", request.owner_id) if request.HasField("owner_id") else None
-
-
-def _end_in(timeout: asyncio.Timeout, seconds: float) -> None:
-    with suppress(RuntimeError):  # it has just run out
-        timeout.reschedule(asyncio.get_running_loop().time() + seconds)
