@@ -94,5 +94,5 @@ class Writes:
                 end = write.since + patience
                 if self._stopping_since is not None and write.follow:
                     end = min(end, max(write.since, self._stopping_since) + _LAST_MESSAGE)
-                if now >= end:
+                if now >= end and not write.is_ended:
                     write.end()
