@@ -101,7 +101,6 @@ class _Follower:
         if self._told is None:
             await self._begin()
         while self._left:
-            self._tail.check()
             page = await self._page()
             if page is not None:
                 self._position = page.through
@@ -134,24 +133,23 @@ class _Follower:
 
     async def _page(self) -> Page | None:
         """Return what comes after the position; None when there is nothing before the bookmark has to be sent."""
-        chunks = self._tail.after(self._position)
-        if chunks is None:
+        if self._told is not None:
+            await self._tail.turn(self._position, self._silence_left())
+        self._tail.check()
+        page = self._tail.after(self._position)
+        if page is None:
             return await self._page_from_table()
         self._failing_since = None
-        if chunks:
-            return self._page_of(chunks)
-        if self._told is not None:
-            await self._tail.wait(self._position, self._silence_left())
-        return None
+        return self._what_is_asked_for(page) if page.chunks else None
 
-    def _page_of(self, chunks: list[Chunk]) -> Page:
-        through = chunks[-1].events[-1].server_seq
+    def _what_is_asked_for(self, page: Page) -> Page:
         if self._types:
-            chunks = [part for chunk in chunks if (part := chunk.of_types(self._types)).events]
-        if sum(len(chunk.events) for chunk in chunks) >= self._left:
-            events = [event for chunk in chunks for event in chunk.events][: self._left]
-            chunks, through = [Chunk(events)], events[-1].server_seq
-        return Page(chunks, through, self._tail.head)
+            chunks = [part for chunk in page.chunks if (part := chunk.of_types(self._types)).events]
+            page = Page(chunks, page.through, page.head)
+        if page.count >= self._left:
+            events = page.events[: self._left]
+            page = Page([Chunk(events)], events[-1].server_seq, page.head)
+        return page
 
     async def _page_from_table(self) -> Page | None:
         if self._read is None:

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from collab_service.metrics import ReaderMetrics
@@ -79,21 +79,20 @@ class Page:
     """Every event up to this number that was asked for has been delivered with this page."""
     head: int
     """The session's last number as far as is known; always the end of an append."""
+    count: int = field(init=False)
+    """How many events there are."""
+    size: int = field(init=False)
+    """Bytes of what the events say."""
 
-    @property
-    def count(self) -> int:
-        """How many events there are."""
-        return sum(chunk.count for chunk in self.chunks)
+    def __post_init__(self) -> None:
+        """Count once, for all readers that get the same page."""
+        object.__setattr__(self, "count", sum(chunk.count for chunk in self.chunks))
+        object.__setattr__(self, "size", sum(chunk.size for chunk in self.chunks))
 
     @property
     def events(self) -> list[Event]:
         """The events, where there are more than their bytes."""
         return [event for chunk in self.chunks for event in chunk.events]
-
-    @property
-    def size(self) -> int:
-        """Bytes of what the events say."""
-        return sum(chunk.size for chunk in self.chunks)
 
 
 def event_size(event: Event) -> int:

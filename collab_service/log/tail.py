@@ -2,20 +2,24 @@
 
 import asyncio
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from collab_service.log.reading import PAGE_BYTES, PAGE_EVENTS, Chunk, event_size
+from collab_service.log.reading import PAGE_BYTES, PAGE_EVENTS, Chunk, Page, event_size
 from collab_service.metrics import FollowMetrics
 from collab_service.model import Event
 from collab_service.storage.times import now_micros
 
 _EVENT_BYTES = 512
 """What an event weighs in memory besides what it says, roughly."""
-_REST = 2
-"""Between deliveries, how many times as long as it took to hand the messages over: sending them takes about as long
-again, and what is left is for everything else."""
+_TOGETHER = 32
+"""Followers that have their turn together: so few that everything else is not kept waiting, and so many that what comes
+with each turn costs next to nothing for each of them."""
+_REST = 2.5
+"""Between turns, how many times as long as it took to hand the messages over: sending them takes about as long again,
+and what is left is for everything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +41,10 @@ class _Handed:
 class Tail:
     """A stretch of the log up to its end, `(start, end]`, without gaps; and the followers who wait there.
 
-    What is committed arrives in order (`feed`) and is handed out in rounds: all that has come since the last round
-    becomes one chunk, which is encoded once, and everybody who waits is woken. The next one begins when delivering has
-    left some time for everything else: at once with few followers, and with many the later the slower the machine.
+    What is committed arrives in order (`feed`), and those who wait for it get it in turns, a few at a time, those who
+    have waited longest first. With each turn all that has come since the one before becomes a chunk, which is encoded
+    once for everybody. The next turn begins when delivering has left some time for everything else: at once with few
+    followers, and with many the later the slower the machine.
     """
 
     def __init__(self, session_id: int, max_bytes: int, metrics: FollowMetrics) -> None:
@@ -47,7 +52,8 @@ class Tail:
 
         Args:
             session_id: The session.
-            max_bytes: How much memory to use, roughly; the newest round is kept whatever its size.
+            max_bytes: How much memory to use, roughly. What came last is kept whatever its size, and so is what
+                followers are yet to have in their turn.
             metrics: Where the deliveries are seen.
         """
         self.session_id = session_id
@@ -65,13 +71,19 @@ class Tail:
         self._handed: list[_Handed] = []
         self._weight = 0
         self._coming: list[Event] = []
-        """What the next round will hand out."""
-        self._waiting: dict[asyncio.Future[None], None] = {}
+        """What the next turn will hand out."""
+        self._waiting: dict[asyncio.Future[None], int] = {}
+        """Those who have got everything that was handed out, each with the number that they are at."""
+        self._due: OrderedDict[asyncio.Future[None], int] = OrderedDict()
+        """Those who have not, in the order in which they get it."""
         self._loop = asyncio.get_running_loop()
-        self._next_round = 0.0
+        self._next_turn = 0.0
         self._delivering = False
-        """Whether followers are yet to have their turn in the last round."""
-        self._round: asyncio.TimerHandle | None = None
+        """Whether some of those whose turn it is have not taken it yet."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._page: tuple[int, Page] | None = None
+        """What was found last, and the number that it comes after: those who have their turn together are mostly at the
+        same number."""
         self._ended: Exception | None = None
         self.ending: asyncio.Future[None] = self._loop.create_future()
         """Done when following has come to an end; `check` tells why."""
@@ -107,12 +119,18 @@ class Tail:
         are_neighbours = last - first + 1 == len(events)
         if are_neighbours and first <= self.reached + 1 <= last:
             self._coming.extend(events[self.reached + 1 - first :])
-            self._begin_round()
+            self._begin_turn()
 
-    def after(self, position: int) -> list[Chunk] | None:
+    def after(self, position: int) -> Page | None:
         """Return what has been handed out after `position`, as much as one message holds; None when it is gone."""
         if position < self._start:
             return None
+        if self._page is None or self._page[0] != position or self._page[1].head != self.head:
+            chunks = self._chunks_after(position)
+            self._page = position, Page(chunks, chunks[-1].events[-1].server_seq if chunks else position, self.head)
+        return self._page[1]
+
+    def _chunks_after(self, position: int) -> list[Chunk]:
         found: list[Chunk] = []
         count = size = 0
         for index in range(bisect_right(self._handed, position, key=_end), len(self._handed)):
@@ -126,18 +144,26 @@ class Tail:
             found.append(chunk)
         return found
 
-    async def wait(self, position: int, seconds: float) -> None:
-        """Wait until there may be something after `position`, or the end has come, but not longer than `seconds`."""
-        if self._ended is not None or self._end > position:
+    async def turn(self, position: int, seconds: float) -> None:
+        """Wait for something after `position` and for one's turn to get it, but not longer than `seconds`.
+
+        Nor is there a wait once the end has come, or for what is gone from here and has to be read from the table.
+        """
+        if self._ended is not None or position < self._start:
             return
         waiting = self._loop.create_future()
-        self._waiting[waiting] = None
+        if position < self._end:
+            self._due[waiting] = position
+            self._begin_turn()
+        else:
+            self._waiting[waiting] = position
         timer = self._loop.call_later(seconds, _wake, waiting)
         try:
             await waiting
         finally:
             timer.cancel()
             self._waiting.pop(waiting, None)
+            self._due.pop(waiting, None)
 
     def end(self, error: Exception) -> None:
         """Tell everybody who follows that it is over."""
@@ -154,30 +180,50 @@ class Tail:
 
     def close(self) -> None:
         """Let go: nobody follows any more."""
-        if self._round is not None:
-            self._round.cancel()
-            self._round = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def forget(self, before: float, max_bytes: int) -> None:
         """Let go of what was handed out before a time, on the loop's clock, and keep to another size from now on."""
         self.max_bytes = max_bytes
         count = 0
-        while count < len(self._handed) and self._handed[count].at < before:
+        while count < len(self._handed) and self._handed[count].at < before and self._nobody_is_to_have(count):
             count += 1
         self._forget(count)
         self._keep_to_size(self._loop.time())
 
-    def _begin_round(self) -> None:
-        """Hand out what has come, at once or when the time has come."""
-        if self._delivering or self._round is not None:
+    def _begin_turn(self) -> None:
+        """Let those who are due have their turn, at once or when the time has come."""
+        if self._delivering or self._timer is not None:
             return
-        if self._loop.time() >= self._next_round:
-            self._hand_out()
+        if self._loop.time() >= self._next_turn:
+            self._take_turn()
         else:
-            self._round = self._loop.call_at(self._next_round, self._hand_out)
+            self._timer = self._loop.call_at(self._next_turn, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self.close()
+        if self._coming:
+            self._hand_out()
+        if not self._due:
+            return
+        oldest = self._first_after(next(iter(self._due.values())))
+        for _ in range(min(_TOGETHER, len(self._due))):
+            waiting, _ = self._due.popitem(last=False)
+            _wake(waiting)
+        self._delivering = True
+        # Called once all of them have had their turn, in which each hands its message over to be sent.
+        self._loop.call_soon(self._delivered, oldest.created_at, perf_counter())
+
+    def _delivered(self, created_at: int, begun: float) -> None:
+        self._delivering = False
+        self._next_turn = self._loop.time() + _REST * (perf_counter() - begun)
+        self._metrics.delivered(max(now_micros() - created_at, 0) / 1_000_000)
+        if self._coming or self._due:
+            self._begin_turn()
 
     def _hand_out(self) -> None:
-        self.close()
         now = self._loop.time()
         events, self._coming = self._coming, []
         for chunk in _chunks_of(events):
@@ -185,37 +231,42 @@ class Tail:
             self._handed.append(handed)
             self._weight += handed.weight
         self._end = events[-1].server_seq
+        self._page = None
+        # Who has read the table may be further than the tail, for a moment.
+        due = {waiting: position for waiting, position in self._waiting.items() if position < self._end}
+        self._due.update(due)
+        for waiting in due:
+            del self._waiting[waiting]
         self._keep_to_size(now)
-        if self._waiting:
-            self._wake_all()
-            self._delivering = True
-            # Called once all of them have had their turn, in which each hands its message over to be sent.
-            self._loop.call_soon(self._delivered, events[0].created_at, perf_counter())
 
-    def _delivered(self, created_at: int, begun: float) -> None:
-        self._delivering = False
-        self._next_round = self._loop.time() + _REST * (perf_counter() - begun)
-        self._metrics.delivered(max(now_micros() - created_at, 0) / 1_000_000)
-        if self._coming:
-            self._begin_round()
+    def _first_after(self, position: int) -> Event:
+        """Return the oldest event after a position that is still there."""
+        events = self._handed[bisect_right(self._handed, position, key=_end)].chunk.events
+        return events[max(position + 1 - events[0].server_seq, 0)]
 
     def _keep_to_size(self, now: float) -> None:
         count, weight = 0, self._weight
-        while weight > self.max_bytes and self._handed[count].at < now:
+        while weight > self.max_bytes and self._handed[count].at < now and self._nobody_is_to_have(count):
             weight -= self._handed[count].weight
             count += 1
         self._forget(count)
+
+    def _nobody_is_to_have(self, index: int) -> bool:
+        """Tell whether those who are due have got a chunk already; those who came late to it read the table."""
+        return not self._due or self._handed[index].end <= next(iter(self._due.values()))
 
     def _forget(self, count: int) -> None:
         if count:
             self._weight -= sum(handed.weight for handed in self._handed[:count])
             self._start = self._handed[count - 1].end
             del self._handed[:count]
+            self._page = None
 
     def _wake_all(self) -> None:
-        for waiting in self._waiting:
+        for waiting in (*self._waiting, *self._due):
             _wake(waiting)
         self._waiting.clear()
+        self._due.clear()
 
 
 def _end(handed: _Handed) -> int:

@@ -1,4 +1,4 @@
-"""The metrics of the service, declared in one place. What happens often is observed once a transaction, page or round.
+"""The metrics of the service, declared in one place. What happens often is observed once a transaction, page or turn.
 
 Buckets double, so that a quantile is known to within a factor of two wherever it is.
 """
@@ -138,7 +138,7 @@ class FollowMetrics:
         self._sessions = metrics.gauge("collab_followed_sessions", "Sessions that are followed, in each process.")
         self._lag = metrics.histogram(
             "collab_delivery_lag_seconds",
-            "From an event's create_time until all waiting followers were sent it; the oldest event of each round.",
+            "From an event's create_time until waiting followers were sent it; the oldest event of each turn.",
             _SECONDS,
         )
         self._sent = metrics.tally(
@@ -157,7 +157,7 @@ class FollowMetrics:
         self._metrics.look(self._sessions, sessions)
 
     def delivered(self, lag_seconds: float) -> None:
-        """Observe a round."""
+        """Observe a turn of followers."""
         self._lag.observe(lag_seconds)
 
     def notified(self) -> None:

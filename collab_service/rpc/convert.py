@@ -1,5 +1,7 @@
 """From the model to protobuf messages."""
 
+from collections.abc import Sequence
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from collab_service.log.decide import Appended
@@ -68,14 +70,14 @@ class PageEncoder:
     """Encodes pages of events; one that goes to many readers, one after the other, only once."""
 
     def __init__(self) -> None:
-        self._last: tuple[Chunk, int, int] | None = None
+        self._last: tuple[Sequence[Chunk], int, int] | None = None
         self._last_message = b""
 
     def encode(self, page: Page) -> bytes:
         """Return a page as the bytes of a `ListEventsResponse`."""
-        if len(page.chunks) != 1 or not page.chunks[0].events:  # it is nobody else's
+        if not (page.chunks and page.chunks[0].events):
             return _page_bytes(page)
-        this = page.chunks[0], page.through, page.head
+        this = page.chunks, page.through, page.head
         if this != self._last:
             self._last, self._last_message = this, _page_bytes(page)
         return self._last_message

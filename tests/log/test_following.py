@@ -206,7 +206,7 @@ async def test_a_busy_session_keeps_no_other_from_being_looked_at(service: LogSe
             tails.learn(one, 0)
             tails.learn(other, 0)
             await append(service, quiet, SMALL)
-            await asyncio.wait_for(other.wait(0, 60), 6)
+            await asyncio.wait_for(other.turn(0, 60), 6)
     finally:
         for task in tasks:
             task.cancel()

@@ -21,8 +21,8 @@ def events(first: int, last: int, payload: str = "{}") -> list[Event]:
 
 def numbers_after(tail: Tail, position: int) -> list[int] | None:
     """Return the numbers that the tail hands to somebody at a position."""
-    chunks = tail.after(position)
-    return None if chunks is None else [event.server_seq for chunk in chunks for event in chunk.events]
+    page = tail.after(position)
+    return None if page is None else [event.server_seq for event in page.events]
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ async def test_messages_are_bounded(tail: Tail) -> None:
     tail.feed([*events(11, 1_500), *events(1_501, 1_510, "x" * 300_000), *events(1_511, 1_511, "x" * 2_000_000)], 1_511)
     await until_handed_out(tail, 1_511)
     position, counts = 10, []
-    while found := tail.after(position):
-        parts = [event for chunk in found for event in chunk.events]
+    while (page := tail.after(position)) is not None and page.count:
+        parts = page.events
         assert [event.server_seq for event in parts] == list(range(position + 1, position + 1 + len(parts)))
         assert len(parts) <= 500
         assert sum(len(event.content.payload) for event in parts) <= 1_048_576 or len(parts) == 1
@@ -131,14 +131,16 @@ async def test_messages_are_bounded_in_bytes(tail: Tail) -> None:
     await until_handed_out(tail, 210)
     found = tail.after(10)
     assert found is not None
-    assert sum(len(chunk.events) for chunk in found) == 1_048_576 // (240 + 255 + 12_000 + 255 + 1_024 + 255)
+    assert found.count == 1_048_576 // (240 + 255 + 12_000 + 255 + 1_024 + 255)
 
 
 async def test_readers_with_many_different_filters(tail: Tail) -> None:
     """What filters leave is kept for the first few of them only, so that many take no memory."""
     tail.feed(events(11, 13), 13)
     await until_handed_out(tail, 13)
-    (chunk,) = tail.after(10) or []
+    page = tail.after(10)
+    assert page is not None
+    (chunk,) = page.chunks
     parts = [chunk.of_types(frozenset({str(n)})) for n in range(100)]
     kept = [part is chunk.of_types(frozenset({str(n)})) for n, part in enumerate(parts)]
     assert 0 < sum(kept) < 20
@@ -151,37 +153,37 @@ async def test_shared(tail: Tail) -> None:
     one, other = tail.after(10), tail.after(10)
     assert one is not None
     assert other is not None
-    assert one[0] is other[0]
-    assert one[0].of_types(frozenset("ab")) is other[0].of_types(frozenset("ba"))
+    assert one.chunks[0] is other.chunks[0]
+    assert one.chunks[0].of_types(frozenset("ab")) is other.chunks[0].of_types(frozenset("ba"))
 
 
 async def test_waiting(tail: Tail) -> None:
     """Whoever waits is woken by an event, by the end, or after a while; nobody is left in memory."""
-    waiting = asyncio.create_task(tail.wait(10, 60))
+    waiting = asyncio.create_task(tail.turn(10, 60))
     await asyncio.sleep(0)
     tail.feed(events(11, 11), 11)
     await waiting
-    await tail.wait(11, 0.01)
-    left = asyncio.create_task(tail.wait(11, 60))
+    await tail.turn(11, 0.01)
+    left = asyncio.create_task(tail.turn(11, 60))
     await asyncio.sleep(0)
     left.cancel()
     await asyncio.gather(left, return_exceptions=True)
     assert not tail._waiting
-    await tail.wait(10, 60)
-    waiting = asyncio.create_task(tail.wait(11, 60))
+    await tail.turn(10, 60)
+    waiting = asyncio.create_task(tail.turn(11, 60))
     await asyncio.sleep(0)
     tail.end(ShuttingDown())
     await waiting
     with pytest.raises(ShuttingDown):
         tail.check()
-    await tail.wait(11, 60)
+    await tail.turn(11, 60)
 
 
-async def test_rounds(tail: Tail) -> None:
+async def test_what_comes_between_turns(tail: Tail) -> None:
     """Where deliveries take long, what comes meanwhile, and for a while after, is handed out together."""
 
     async def take_long() -> None:
-        await tail.wait(10, 60)
+        await tail.turn(10, 60)
         end = time.perf_counter() + 0.05
         while time.perf_counter() < end:
             pass
@@ -199,7 +201,77 @@ async def test_rounds(tail: Tail) -> None:
     await until_handed_out(tail, 20)
     found = tail.after(11)
     assert found is not None
-    assert [len(chunk.events) for chunk in found] == [9]
+    assert [len(chunk.events) for chunk in found.chunks] == [9]
+
+
+async def test_turns(tail: Tail) -> None:
+    """Many followers have their turn a few at a time, the longest-waiting first, and get all there is by then."""
+    took: list[tuple[int, list[int]]] = []
+
+    async def follow(number: int) -> None:
+        position = 10
+        while position < 12:
+            await tail.turn(position, 60)
+            found = numbers_after(tail, position)
+            assert found
+            took.append((number, found))
+            position = found[-1]
+            if len(took) == 1:
+                tail.feed(events(12, 12), 12)
+
+    followers = [asyncio.create_task(follow(number)) for number in range(100)]
+    await asyncio.sleep(0)
+    tail.feed(events(11, 11), 11)
+    await asyncio.gather(*followers)
+    first = sum(found == [11] for _, found in took)
+    assert 1 < first < 50
+    assert took == [
+        *((number, [11]) for number in range(first)),
+        *((number, [11, 12]) for number in range(first, 100)),
+        *((number, [12]) for number in range(first)),
+    ]
+
+
+async def test_a_follower_ahead_of_the_tail(tail: Tail) -> None:
+    """Who has read further in the table than the tail has come waits until the tail is further."""
+    ahead, behind = asyncio.create_task(tail.turn(12, 60)), asyncio.create_task(tail.turn(10, 60))
+    await asyncio.sleep(0)
+    tail.feed(events(11, 11), 12)
+    tail.forget(asyncio.get_running_loop().time() + 1, 0)
+    await behind
+    await until_handed_out(tail, 11)
+    assert not ahead.done()
+    tail.feed(events(12, 13), 13)
+    await ahead
+    assert numbers_after(tail, 12) == [13]
+
+
+async def test_what_is_to_be_had_is_kept() -> None:
+    """What followers are yet to have in their turn stays in memory, whatever its size, so that they need no table."""
+    tail = Tail(1, 1_000, unseen().follows)
+    tail.followers = 1
+    tail.learn(0)
+    got: list[list[int] | None] = []
+
+    async def follow() -> None:
+        position = 0
+        while position < 3:
+            await tail.turn(position, 60)
+            found = numbers_after(tail, position)
+            assert found
+            position = found[-1]
+            got.append(found)
+
+    followers = [asyncio.create_task(follow()) for _ in range(200)]
+    await asyncio.sleep(0)
+    for n in range(1, 4):
+        tail.feed(events(n, n, "x" * 10_000), n)
+        await asyncio.sleep(0)
+        tail.forget(asyncio.get_running_loop().time() + 1, 1_000)
+    await asyncio.gather(*followers)
+    assert sum(map(len, filter(None, got))) == 3 * 200
+    tail.forget(asyncio.get_running_loop().time() + 1, 1_000)
+    assert numbers_after(tail, 2) is None
 
 
 @settings(max_examples=200, deadline=None)
@@ -229,7 +301,7 @@ async def test_never_a_gap(start: int, steps: list[tuple[int, int, int]]) -> Non
 
 
 async def until_handed_out(tail: Tail, number: int) -> None:
-    """Wait for the round that hands out an event."""
+    """Wait for the turn that hands out an event."""
 
     async def handed_out() -> bool:
         found = numbers_after(tail, number - 1)
