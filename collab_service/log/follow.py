@@ -95,6 +95,8 @@ class _Follower:
         self._failing_since: float | None = None
         self._read: asyncio.Task[Page] | None = None
         """A read of the table that is under way. It goes on while heartbeats are sent."""
+        self._goes_on = False
+        """Whether more was there than the last message could hold: then the next one does not wait for its turn."""
 
     async def next(self) -> Page | None:
         """Wait for the next page and return it; None when the limit is reached."""
@@ -133,13 +135,14 @@ class _Follower:
 
     async def _page(self) -> Page | None:
         """Return what comes after the position; None when there is nothing before the bookmark has to be sent."""
-        if self._told is not None:
+        if self._told is not None and not self._goes_on:
             await self._tail.turn(self._position, self._silence_left())
         self._tail.check()
         page = self._tail.after(self._position)
         if page is None:
             return await self._page_from_table()
         self._failing_since = None
+        self._goes_on = page.through < self._tail.handed_out
         return self._what_is_asked_for(page) if page.chunks else None
 
     def _what_is_asked_for(self, page: Page) -> Page:

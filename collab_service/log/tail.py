@@ -20,6 +20,10 @@ with each turn costs next to nothing for each of them."""
 _REST = 2.5
 """Between turns, how many times as long as it took to hand the messages over: sending them takes about as long again,
 and what is left is for everything else."""
+_LONGEST_REST = 0.1
+"""Seconds of that: if it took so long, it was something else that did."""
+_FOR_TURNS = 4
+"""How many times as much memory as otherwise may be used for what followers are yet to have in their turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,8 @@ class Tail:
 
         Args:
             session_id: The session.
-            max_bytes: How much memory to use, roughly. What came last is kept whatever its size, and so is what
-                followers are yet to have in their turn.
+            max_bytes: How much memory to use, roughly. What came last is kept whatever its size, and up to four times
+                as much of what followers are yet to have in their turn.
             metrics: Where the deliveries are seen.
         """
         self.session_id = session_id
@@ -80,6 +84,8 @@ class Tail:
         self._next_turn = 0.0
         self._delivering = False
         """Whether some of those whose turn it is have not taken it yet."""
+        self._began_to = 0.0
+        """When the first of them took it, by `time.perf_counter`."""
         self._timer: asyncio.TimerHandle | None = None
         self._page: tuple[int, Page] | None = None
         """What was found last, and the number that it comes after: those who have their turn together are mostly at the
@@ -87,6 +93,11 @@ class Tail:
         self._ended: Exception | None = None
         self.ending: asyncio.Future[None] = self._loop.create_future()
         """Done when following has come to an end; `check` tells why."""
+
+    @property
+    def handed_out(self) -> int:
+        """The number up to which events were handed out."""
+        return self._end
 
     @property
     def reached(self) -> int:
@@ -188,7 +199,7 @@ class Tail:
         """Let go of what was handed out before a time, on the loop's clock, and keep to another size from now on."""
         self.max_bytes = max_bytes
         count = 0
-        while count < len(self._handed) and self._handed[count].at < before and self._nobody_is_to_have(count):
+        while count < len(self._handed) and self._handed[count].at < before and self._is_had(count):
             count += 1
         self._forget(count)
         self._keep_to_size(self._loop.time())
@@ -209,16 +220,20 @@ class Tail:
         if not self._due:
             return
         oldest = self._first_after(next(iter(self._due.values())))
+        self._delivering = True
+        # Callbacks are called in order: between these two, those whose turn it is hand their messages over to be sent.
+        self._loop.call_soon(self._deliver)
         for _ in range(min(_TOGETHER, len(self._due))):
             waiting, _ = self._due.popitem(last=False)
             _wake(waiting)
-        self._delivering = True
-        # Called once all of them have had their turn, in which each hands its message over to be sent.
-        self._loop.call_soon(self._delivered, oldest.created_at, perf_counter())
+        self._loop.call_soon(self._delivered, oldest.created_at)
 
-    def _delivered(self, created_at: int, begun: float) -> None:
+    def _deliver(self) -> None:
+        self._began_to = perf_counter()
+
+    def _delivered(self, created_at: int) -> None:
         self._delivering = False
-        self._next_turn = self._loop.time() + _REST * (perf_counter() - begun)
+        self._next_turn = self._loop.time() + min(_REST * (perf_counter() - self._began_to), _LONGEST_REST)
         self._metrics.delivered(max(now_micros() - created_at, 0) / 1_000_000)
         if self._coming or self._due:
             self._begin_turn()
@@ -246,13 +261,16 @@ class Tail:
 
     def _keep_to_size(self, now: float) -> None:
         count, weight = 0, self._weight
-        while weight > self.max_bytes and self._handed[count].at < now and self._nobody_is_to_have(count):
+        while weight > self.max_bytes and self._handed[count].at < now:
+            is_too_much = weight > _FOR_TURNS * self.max_bytes and count + 1 < len(self._handed)
+            if not is_too_much and not self._is_had(count):
+                break
             weight -= self._handed[count].weight
             count += 1
         self._forget(count)
 
-    def _nobody_is_to_have(self, index: int) -> bool:
-        """Tell whether those who are due have got a chunk already; those who came late to it read the table."""
+    def _is_had(self, index: int) -> bool:
+        """Tell whether those who wait for their turn have a chunk already; who came late to it reads the table."""
         return not self._due or self._handed[index].end <= next(iter(self._due.values()))
 
     def _forget(self, count: int) -> None:

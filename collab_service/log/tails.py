@@ -44,7 +44,8 @@ _SESSIONS = 1_000
 """Sessions to look at in one statement."""
 _ALL_TAILS_BYTES = 64 * 1024 * 1024
 _TAIL_BYTES = 1024 * 1024
-"""What tails may keep in memory, besides what followers are yet to have in their turn: all of them, and one."""
+"""What tails may keep in memory: all of them, and one. It may be four times as much if followers are yet to have it in
+their turn, and more if it came at once."""
 
 
 class Tails:

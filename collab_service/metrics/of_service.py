@@ -138,7 +138,7 @@ class FollowMetrics:
         self._sessions = metrics.gauge("collab_followed_sessions", "Sessions that are followed, in each process.")
         self._lag = metrics.histogram(
             "collab_delivery_lag_seconds",
-            "From an event's create_time until waiting followers were sent it; the oldest event of each turn.",
+            "From an event's create_time until the follower that had waited longest was sent it; once each turn.",
             _SECONDS,
         )
         self._sent = metrics.tally(

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -567,6 +568,45 @@ async def test_stopping(start_service: StartService) -> None:
         await follower.until(lambda follower: isinstance(follower.error, ShuttingDown))
     async with following(service, session) as late:
         await late.until(lambda follower: isinstance(follower.error, ShuttingDown))
+
+
+async def test_more_than_a_message_behind(service: LogService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower that is further behind than a message reaches gets the next ones at once, without another turn."""
+    monkeypatch.setattr("collab_service.log.tail._REST", 1e9)
+    monkeypatch.setattr("collab_service.log.tail._LONGEST_REST", 60.0)
+    session_id = await new_session(service)
+    async with aclosing(service.follow(session_id, since=0, limit=0, types=())) as pages:
+        assert (await anext(pages)).count == 0
+        for _ in range(3):
+            await append(service, session_id, *[SMALL] * 500)
+        async with asyncio.timeout(follow.HEARTBEAT / 2):
+            assert [(await anext(pages)).through for _ in range(3)] == [500, 1_000, 1_500]
+
+
+async def test_followers_who_cannot_keep_up(service: LogService) -> None:
+    """What many slow followers are behind by takes bounded memory, and they get all of it."""
+    session_id = await new_session(service)
+    page, pages = [NewEvent(payload=f'{{"a":"{"x" * 1_000}"}}')] * 500, 40
+
+    async def follow_slowly() -> None:
+        reached = 0
+        async with aclosing(service.follow(session_id, since=0, limit=pages * len(page), types=())) as found:
+            async for each in found:
+                assert [event.server_seq for event in each.events] == list(range(reached + 1, reached + 1 + each.count))
+                reached += each.count
+                end = time.perf_counter() + 0.001
+                while time.perf_counter() < end:
+                    pass
+        assert reached == pages * len(page)
+
+    held: list[int] = []
+    async with asyncio.TaskGroup() as followers:
+        for _ in range(60):
+            followers.create_task(follow_slowly())
+        for _ in range(pages):
+            await append(service, session_id, *page)
+            held.append(sum(each._weight for each in service._tails._tails.values()))
+    assert max(held) < 20_000_000  # of 50: four times 1 MiB, and what came with the last turn
 
 
 async def test_many_sessions_at_once(start_service: StartService) -> None:

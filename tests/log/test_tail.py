@@ -247,11 +247,11 @@ async def test_a_follower_ahead_of_the_tail(tail: Tail) -> None:
 
 
 async def test_what_is_to_be_had_is_kept() -> None:
-    """What followers are yet to have in their turn stays in memory, whatever its size, so that they need no table."""
-    tail = Tail(1, 1_000, unseen().follows)
+    """What followers are yet to have in their turn stays in memory for longer, so that they need no table."""
+    tail = Tail(1, 20_000, unseen().follows)
     tail.followers = 1
     tail.learn(0)
-    got: list[list[int] | None] = []
+    got: list[list[int]] = []
 
     async def follow() -> None:
         position = 0
@@ -267,11 +267,55 @@ async def test_what_is_to_be_had_is_kept() -> None:
     for n in range(1, 4):
         tail.feed(events(n, n, "x" * 10_000), n)
         await asyncio.sleep(0)
-        tail.forget(asyncio.get_running_loop().time() + 1, 1_000)
+        tail.forget(asyncio.get_running_loop().time() + 1, 20_000)
     await asyncio.gather(*followers)
-    assert sum(map(len, filter(None, got))) == 3 * 200
+    assert sum(map(len, got)) == 3 * 200
     tail.forget(asyncio.get_running_loop().time() + 1, 1_000)
     assert numbers_after(tail, 2) is None
+
+
+async def test_the_end_while_waiting_for_a_turn(tail: Tail) -> None:
+    """The end is told at once to those, too, whose turn would be later; and who leaves before it is not kept."""
+
+    async def take_long() -> None:
+        await tail.turn(10, 60)
+        end = time.perf_counter() + 0.03
+        while time.perf_counter() < end:
+            pass
+
+    followers = [asyncio.create_task(take_long())]
+    followers += [asyncio.create_task(tail.turn(10, 60)) for _ in range(100)]
+    await asyncio.sleep(0)
+    tail.feed(events(11, 11), 11)
+    await followers[0]
+    due = len(tail._due)
+    assert due > 50
+    followers[-1].cancel()
+    await asyncio.gather(followers[-1], return_exceptions=True)
+    assert len(tail._due) == due - 1
+    tail.end(ShuttingDown())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert all(follower.done() for follower in followers)
+    assert not tail._due
+
+
+async def test_no_turn_for_what_is_gone(tail: Tail) -> None:
+    """Who is so far behind that the table has to be read waits for no turn."""
+    tail.feed(events(11, 12), 12)
+    tail.forget(asyncio.get_running_loop().time() + 1, 0)
+    await asyncio.wait_for(tail.turn(11, 60), 10)
+    assert tail.after(11) is None
+
+
+async def test_the_head_is_told_as_it_is_known(tail: Tail) -> None:
+    """The page that many get says how far the log is known to reach by now, although another process wrote that."""
+    tail.feed(events(11, 12), 12)
+    for head in (12, 20, 30):
+        tail.learn(head)
+        page = tail.after(10)
+        assert page is not None
+        assert (page.through, page.head, page.count) == (12, head, 2)
 
 
 @settings(max_examples=200, deadline=None)
