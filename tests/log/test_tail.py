@@ -182,13 +182,7 @@ async def test_waiting(tail: Tail) -> None:
 async def test_what_comes_between_turns(tail: Tail) -> None:
     """Where deliveries take long, what comes meanwhile, and for a while after, is handed out together."""
 
-    async def take_long() -> None:
-        await tail.turn(10, 60)
-        end = time.perf_counter() + 0.05
-        while time.perf_counter() < end:
-            pass
-
-    taking = asyncio.create_task(take_long())
+    taking = asyncio.create_task(take_long_over_a_turn(tail))
     await asyncio.sleep(0)
     tail.feed(events(11, 11), 11)
     tail.feed(events(12, 12), 12)
@@ -277,13 +271,7 @@ async def test_what_is_to_be_had_is_kept() -> None:
 async def test_the_end_while_waiting_for_a_turn(tail: Tail) -> None:
     """The end is told at once to those, too, whose turn would be later; and who leaves before it is not kept."""
 
-    async def take_long() -> None:
-        await tail.turn(10, 60)
-        end = time.perf_counter() + 0.03
-        while time.perf_counter() < end:
-            pass
-
-    followers = [asyncio.create_task(take_long())]
+    followers = [asyncio.create_task(take_long_over_a_turn(tail))]
     followers += [asyncio.create_task(tail.turn(10, 60)) for _ in range(100)]
     await asyncio.sleep(0)
     tail.feed(events(11, 11), 11)
@@ -342,6 +330,14 @@ async def test_never_a_gap(start: int, steps: list[tuple[int, int, int]]) -> Non
             if found is not None:
                 assert found == list(range(position + 1, position + 1 + len(found)))
                 assert found or position == reached
+
+
+async def take_long_over_a_turn(tail: Tail) -> None:
+    """Be a follower at 10 who keeps everything else waiting while it has its turn."""
+    await tail.turn(10, 60)
+    end = time.perf_counter() + 0.05
+    while time.perf_counter() < end:
+        pass
 
 
 async def until_handed_out(tail: Tail, number: int) -> None:
