@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collab_service.model import Limits, QueueLimits
-from collab_service.model.limits import DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_FOLLOWERS
+from collab_service.model.limits import DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_FOLLOWERS, DEFAULT_MAX_MEMORY_BYTES
 
 DEFAULT_HTTP_ADDRESS = "127.0.0.1:8080"
 DEFAULT_MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -37,6 +37,8 @@ class Config:
     """Connections at once, at each port of a process."""
     max_followers: int = DEFAULT_MAX_FOLLOWERS
     """Follows at once, of all sessions together."""
+    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
+    """Resident memory of a process, from where on requests that are long in coming are ended."""
     notify: bool = True
     """Tell other processes of changes and listen to theirs; without, they are seen when each looks for itself."""
     shutdown_grace: float = 10.0

@@ -1,7 +1,7 @@
-"""A client that speaks just enough HTTP/2 (RFC 9113) to follow sessions, at little cost, and to misbehave.
+"""Clients that speak just enough HTTP/2 (RFC 9113) to follow sessions, at little cost, and to misbehave.
 
-The grpc library reads ahead, answers pings, and costs as much for each message as the server does. This one reads only
-when told to, leaves pings unanswered when told to, and takes a message in a few microseconds.
+The grpc library reads ahead, answers pings, and costs as much for each message as the server does. These read only
+when told to, leave pings unanswered when told to, and take a message in a few microseconds.
 """
 
 import asyncio
@@ -17,6 +17,8 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
 ACK, END_STREAM, END_HEADERS = 1, 1, 4
 _INITIAL_WINDOW_SIZE = 4
 _CANCEL = 8
+_LARGEST_FRAME = 16_384
+_MESSAGE_HEAD = 5
 LARGEST_WINDOW = 2**31 - 1
 INITIAL_WINDOW = 65_535
 
@@ -24,71 +26,29 @@ OnMessage = Callable[[int, bytes], None]
 """Called with the number of the stream on its connection, from 0, and the bytes of a message."""
 
 
-class FollowConnection(asyncio.Protocol):
-    """A connection with `ListEvents` calls on it."""
+class _Connection(asyncio.Protocol):
+    """A connection to a server, with gRPC calls on it."""
 
-    def __init__(self, address: str, on_message: OnMessage, *, window: int, answer_pings: bool) -> None:
+    def __init__(self, address: str) -> None:
         self._address = address
-        self._on_message = on_message
-        self._window = window
-        self._answer_pings = answer_pings
         self._unread = bytearray()
-        self._streams: dict[int, bytearray] = {}
+        self._begun = 0
         self.transport: asyncio.Transport
         self.begun_streams = 0
+        """Calls to which the server has begun to answer."""
         self.ended_streams = 0
+        """Calls that the server has ended."""
         self.closed = asyncio.get_running_loop().create_future()
 
-    @classmethod
-    async def open(
-        cls, address: str, on_message: OnMessage, *, window: int = LARGEST_WINDOW, answer_pings: bool = True
-    ) -> Self:
-        """Connect.
-
-        Args:
-            address: The server's.
-            on_message: What to do with messages.
-            window: How many bytes the server may send on a stream; it never gets more.
-            answer_pings: Whether to show signs of life.
-        """
-        host, _, port = address.rpartition(":")
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: cls(address, on_message, window=window, answer_pings=answer_pings), host, int(port)
-        )
-        return connection
-
-    def follow(self, request: pb.ListEventsRequest) -> int:
-        """Call `ListEvents` and return the stream's number."""
-        message = request.SerializeToString()
-        stream_id = 2 * len(self._streams) + 1
-        self._streams[stream_id] = bytearray()
-        headers = (
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", "/collab_service.v1.CollabService/ListEvents"),
-            (":authority", self._address),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-        )
-        self._send(HEADERS, END_HEADERS, stream_id, b"".join(_field(*header) for header in headers))
-        self._send(DATA, END_STREAM, stream_id, message_of(message))
-        return stream_id // 2
-
-    def reset(self, number: int) -> None:
-        """Give up on a stream, by its number."""
-        self._send(RST_STREAM, 0, 2 * number + 1, struct.pack(">I", _CANCEL))
-
-    def grow_windows(self, size: int) -> None:
-        """Let the server send so many bytes more on every stream."""
-        for stream_id in self._streams:
-            self._send(WINDOW_UPDATE, 0, stream_id, struct.pack(">I", size))
+    async def _connect(self) -> None:
+        host, _, port = self._address.rpartition(":")
+        await asyncio.get_running_loop().create_connection(lambda: self, host, int(port))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Say hello."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
         self.transport.write(PREFACE)
-        self._send(SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, self._window))
-        self._send(WINDOW_UPDATE, 0, 0, struct.pack(">I", LARGEST_WINDOW - INITIAL_WINDOW))
+        self._say_hello()
 
     def data_received(self, data: bytes) -> None:
         """Take frames."""
@@ -110,16 +70,28 @@ class FollowConnection(asyncio.Protocol):
         if not self.closed.done():
             self.closed.set_result(None)
 
+    def _say_hello(self) -> None:
+        self._send(SETTINGS, 0, 0)
+
+    def _begin(self, method: str) -> int:
+        """Begin a call and return its stream."""
+        stream_id = 2 * self._begun + 1
+        self._begun += 1
+        headers = (
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", f"/collab_service.v1.CollabService/{method}"),
+            (":authority", self._address),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+        )
+        self._send(HEADERS, END_HEADERS, stream_id, b"".join(_field(*header) for header in headers))
+        return stream_id
+
     def _take(self, kind: int, flags: int, stream_id: int, payload: bytearray) -> None:
-        if kind == DATA:
-            stream = self._streams[stream_id]
-            stream += payload
-            while len(stream) >= 5 and len(stream) >= (end := 5 + int.from_bytes(stream[1:5], "big")):
-                self._on_message(stream_id // 2, bytes(stream[5:end]))
-                del stream[:end]
-        elif kind == SETTINGS and not flags & ACK:
+        if kind == SETTINGS and not flags & ACK:
             self._send(SETTINGS, ACK, 0)
-        elif kind == PING and not flags & ACK and self._answer_pings:
+        elif kind == PING and not flags & ACK:
             self._send(PING, ACK, 0, bytes(payload))
         elif kind == HEADERS and not flags & END_STREAM:
             self.begun_streams += 1
@@ -128,6 +100,126 @@ class FollowConnection(asyncio.Protocol):
 
     def _send(self, kind: int, flags: int, stream_id: int, payload: bytes = b"") -> None:
         self.transport.write(frame(kind, flags, stream_id, payload))
+
+
+class FollowConnection(_Connection):
+    """A connection with `ListEvents` calls on it."""
+
+    def __init__(self, address: str, on_message: OnMessage, *, window: int, answer_pings: bool) -> None:
+        super().__init__(address)
+        self._on_message = on_message
+        self._window = window
+        self._answer_pings = answer_pings
+        self._streams: dict[int, bytearray] = {}
+
+    @classmethod
+    async def open(
+        cls, address: str, on_message: OnMessage, *, window: int = LARGEST_WINDOW, answer_pings: bool = True
+    ) -> Self:
+        """Connect.
+
+        Args:
+            address: The server's.
+            on_message: What to do with messages.
+            window: How many bytes the server may send on a stream; it never gets more.
+            answer_pings: Whether to show signs of life.
+        """
+        connection = cls(address, on_message, window=window, answer_pings=answer_pings)
+        await connection._connect()
+        return connection
+
+    def follow(self, request: pb.ListEventsRequest) -> int:
+        """Call `ListEvents` and return the stream's number."""
+        stream_id = self._begin("ListEvents")
+        self._streams[stream_id] = bytearray()
+        self._send(DATA, END_STREAM, stream_id, message_of(request.SerializeToString()))
+        return stream_id // 2
+
+    def reset(self, number: int) -> None:
+        """Give up on a stream, by its number."""
+        self._send(RST_STREAM, 0, 2 * number + 1, struct.pack(">I", _CANCEL))
+
+    def grow_windows(self, size: int) -> None:
+        """Let the server send so many bytes more on every stream."""
+        for stream_id in self._streams:
+            self._send(WINDOW_UPDATE, 0, stream_id, struct.pack(">I", size))
+
+    def _say_hello(self) -> None:
+        self._send(SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, self._window))
+        self._send(WINDOW_UPDATE, 0, 0, struct.pack(">I", LARGEST_WINDOW - INITIAL_WINDOW))
+
+    def _take(self, kind: int, flags: int, stream_id: int, payload: bytearray) -> None:
+        if kind == DATA:
+            stream = self._streams[stream_id]
+            stream += payload
+            while len(stream) >= 5 and len(stream) >= (end := 5 + int.from_bytes(stream[1:5], "big")):
+                self._on_message(stream_id // 2, bytes(stream[5:end]))
+                del stream[:end]
+        elif kind != PING or self._answer_pings:
+            super()._take(kind, flags, stream_id, payload)
+
+
+class UnfinishedRequests(_Connection):
+    """A connection with calls that send their requests but for the last byte."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._window = INITIAL_WINDOW
+        self._initial_window = INITIAL_WINDOW
+        self._windows: dict[int, int] = {}
+        self._unsent: dict[int, int] = {}
+
+    @classmethod
+    async def open(cls, address: str) -> Self:
+        """Connect."""
+        connection = cls(address)
+        await connection._connect()
+        return connection
+
+    @property
+    def unfinished(self) -> int:
+        """How many of its calls the server has not ended."""
+        return len(self._unsent)
+
+    def begin(self, method: str, size: int) -> None:
+        """Begin a call, and a request of so many bytes."""
+        stream_id = self._begin(method)
+        start = message_of(bytes(size))[:_MESSAGE_HEAD]
+        self._windows[stream_id], self._unsent[stream_id] = self._initial_window, size - 1
+        self._send_data(stream_id, start)
+
+    def send_more(self, most: int) -> int:
+        """Send zeros on all streams, as far as the server lets them, and return how many; they are `most` at most."""
+        left = most
+        for stream_id, unsent in self._unsent.items():
+            size = min(unsent, self._windows[stream_id], self._window, left, _LARGEST_FRAME)
+            if size > 0:
+                self._unsent[stream_id] -= size
+                self._send_data(stream_id, bytes(size))
+                left -= size
+        return most - left
+
+    def _send_data(self, stream_id: int, data: bytes) -> None:
+        self._windows[stream_id] -= len(data)
+        self._window -= len(data)
+        self._send(DATA, 0, stream_id, data)
+
+    def _take(self, kind: int, flags: int, stream_id: int, payload: bytearray) -> None:
+        if kind == SETTINGS and not flags & ACK:
+            for setting, value in struct.iter_unpack(">HI", payload):
+                if setting == _INITIAL_WINDOW_SIZE:
+                    for each in self._windows:
+                        self._windows[each] += value - self._initial_window
+                    self._initial_window = value
+        elif kind == WINDOW_UPDATE:
+            (size,) = struct.unpack(">I", payload)
+            if stream_id:
+                self._windows[stream_id] += size
+            else:
+                self._window += size
+        elif kind in (RST_STREAM, HEADERS) and (kind == RST_STREAM or flags & END_STREAM):
+            self._unsent.pop(stream_id, None)
+        super()._take(kind, flags, stream_id, payload)
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:

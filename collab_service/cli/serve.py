@@ -21,7 +21,12 @@ from collab_service.cli.settings import (
 from collab_service.config import DEFAULT_HTTP_ADDRESS, DEFAULT_MAX_BODY_BYTES, Config
 from collab_service.logs import LogFormat
 from collab_service.model import Limits, QueueLimits
-from collab_service.model.limits import DEFAULT_MAX_CONNECTIONS, DEFAULT_MAX_FOLLOWERS
+from collab_service.model.limits import (
+    DEFAULT_MAX_CONNECTIONS,
+    DEFAULT_MAX_FOLLOWERS,
+    DEFAULT_MAX_MEMORY_BYTES,
+    MAX_INT64,
+)
 
 _MAX_WORKERS = 256
 
@@ -114,6 +119,10 @@ def serve(
     max_followers: Annotated[
         int, _limit("max-followers", "Follows at once in a process; further ones are answered TOO_MANY_FOLLOWERS.")
     ] = DEFAULT_MAX_FOLLOWERS,
+    max_memory_bytes: Annotated[
+        int,
+        _limit("max-memory-bytes", "Memory of a process, from where on requests long in coming are ended.", MAX_INT64),
+    ] = DEFAULT_MAX_MEMORY_BYTES,
     max_waiting_appends: Annotated[
         int, _limit("max-waiting-appends", "Appends that wait or are being written; one session gets half.")
     ] = _QUEUE.requests,
@@ -150,6 +159,7 @@ def serve(
         keepalive=keepalive,
         max_connections=max_connections,
         max_followers=max_followers,
+        max_memory_bytes=max_memory_bytes,
         notify=notify,
         limits=Limits(
             event_bytes=max_event_bytes,

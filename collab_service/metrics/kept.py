@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from collab_service import __version__
+from collab_service import __version__, memory
 
 _INTERVAL = 1.0
 """Seconds between two refreshes for the other workers."""
@@ -34,8 +34,6 @@ _IN_MEMORY = "/dev/shm"
 _PREFIX = "collab-metrics-"
 _SETTLED = 60.0
 """Seconds after which whoever has made a directory has certainly locked it."""
-_STATM = Path("/proc/self/statm")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 disable_created_metrics()  # a series beside each counter that says when it began, which the files do not have
 
@@ -214,12 +212,12 @@ class Metrics:
         self._cpu = self.counter(
             "process_cpu_seconds_total", "CPU time of the processes that serve, user and system together."
         )
-        if _STATM.exists():  # which is Linux
-            memory = self.gauge(
+        if memory.tells_resident_bytes():
+            resident = self.gauge(
                 "process_resident_memory_bytes",
                 "Resident memory of the processes that serve; what they share counts for each.",
             )
-            self.look(memory, lambda: int(_STATM.read_text().split()[1]) * _PAGE_BYTES)
+            self.look(resident, memory.resident_bytes)
 
 
 class _Families(Collector):

@@ -11,6 +11,8 @@ DEFAULT_MAX_CONNECTIONS = 10_000
 """Connections at once at each port of a process."""
 DEFAULT_MAX_FOLLOWERS = 10_000
 """Follows at once in one process."""
+DEFAULT_MAX_MEMORY_BYTES = 1024 * 1024 * 1024
+"""Resident memory of a process, from where on requests that are long in coming are ended."""
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1_000
 

@@ -7,76 +7,99 @@ received: when those in progress hold too many bytes of requests, or too many re
 """
 
 import asyncio
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
+from collab_service.model.errors import InvalidArgument, Overloaded, Violation
+from collab_service.rpc.interruptible import Interruptible
+
 _REQUESTS = 1_024
 """Requests that may be received at once, however small they usually are."""
-_PATIENCE = 5.0
-"""Seconds after which a request that has not come in full gives up its place to another."""
+_PATIENCE = 10
+"""Times what receiving a request has taken of late, after which one that has not come gives up its place to another."""
+_SHORTEST_PATIENCE, _LONGEST_PATIENCE = 0.25, 5.0
+"""Seconds. Whoever begins calls and sends nothing, to keep others out, has to begin 4,096 of them in a second: as many
+as keep this process busy anyway."""
+
+_CANCELLATION = 0.1
+"""Seconds. Where a call was given up, grpc says first that there is no request, and then cancels its task."""
 
 
-class Handlers(NamedTuple):
-    """How calls of one method are carried out."""
-
-    carry_out: "grpc.RpcMethodHandler[Any, Any]"
-    refuse: "grpc.RpcMethodHandler[Any, Any] | None"
-    """Answers without receiving the request; None where the method takes a stream of them, which it bounds itself."""
-
-
-class Admission(grpc.GenericRpcHandler):
-    """Chooses how a call is handled, in the task of the call, when nothing but its headers has come."""
+class Admission:
+    """Receives the requests of calls, as far as there is room for them."""
 
     def __init__(self, *, held: int, received: int) -> None:
-        """Admit calls up to two bounds.
+        """Receive up to two bounds.
 
         Args:
             held: Bytes of requests that calls in progress may hold.
             received: Bytes of requests that may be received at once.
         """
-        self.methods: dict[str, Handlers] = {}
-        """By path."""
         self._max_held = held
         self._max_received = received
         self._held = 0
-        self._usual = 1.0
+        self._receiving: dict[Interruptible, None] = {}
+        """In the order in which they have begun."""
+        self._usual_size = 1.0
         """Bytes of a request of late: how large one is going to be is not known before it has come."""
-        self._receiving: dict[asyncio.Task[Any], float] = {}
-        self._received: dict[asyncio.Task[Any], int] = {}
+        self._usual_time = 0.0
+        """Seconds that a request of late has taken to come."""
+        self._loop = asyncio.get_running_loop()
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Return the handler for a call; None when there is no such method."""
-        handlers = self.methods.get(handler_call_details.method)
-        if handlers is None:
-            return None
-        return handlers.carry_out if handlers.refuse is None or self._admit() else handlers.refuse
+    async def receive(self, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+        """Return the request of the current task's call; its bytes count as held until `release`.
 
-    def received(self, request: bytes) -> None:
-        """Take note that the request of the current task's call has come."""
-        task = asyncio.current_task()
-        if task is not None and self._receiving.pop(task, None) is not None:
-            size = len(request)
-            self._usual += (size - self._usual) / 16
-            self._received[task] = size
-            self._held += size
-
-    def _admit(self) -> bool:
-        if self._held >= self._max_held:
-            return False
+        Raises:
+            InvalidArgument: There is none.
+            Overloaded: There is no room for it, or it was long in coming and others needed the room.
+        """
+        since = self._loop.time()
+        if self._held >= self._max_held or not (self._has_room() or self._end_longest(since - self._patience())):
+            raise Overloaded("too much is on its way into this server")
         task = asyncio.current_task()
         assert task is not None
-        now = task.get_loop().time()
-        if len(self._receiving) >= min(_REQUESTS, self._max_received / self._usual):
-            slowest, since = next(iter(self._receiving.items()))
-            if now - since < _PATIENCE:
-                return False
-            del self._receiving[slowest]
-            slowest.cancel()
-        self._receiving[task] = now
-        task.add_done_callback(self._ended)
-        return True
+        receiving = Interruptible(task, since)
+        self._receiving[receiving] = None
+        try:
+            request = await context.read()
+        except asyncio.CancelledError:
+            if not receiving.was_only_ended():
+                raise
+            raise Overloaded("the request was long in coming, and others needed its room") from None
+        finally:
+            self._receiving.pop(receiving, None)
+        if request is grpc.aio.EOF:
+            await asyncio.sleep(_CANCELLATION)
+            raise InvalidArgument([Violation("request", "must be sent")])
+        size = len(request)
+        self._held += size
+        self._usual_size += (size - self._usual_size) / 16
+        self._usual_time += (self._loop.time() - since - self._usual_time) / 16
+        return bytes(request)
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._receiving.pop(task, None)
-        self._held -= self._received.pop(task, 0)
+    def release(self, size: int) -> None:
+        """Take note that a request of so many bytes is held no longer."""
+        self._held -= size
+
+    def end_slow(self, seconds: float) -> int:
+        """End the calls whose requests have been coming for more than so many seconds, and return how many."""
+        before, count = self._loop.time() - seconds, 0
+        while self._receiving and self._end_longest(before):
+            count += 1
+        return count
+
+    def _has_room(self) -> bool:
+        return len(self._receiving) < min(_REQUESTS, self._max_received / self._usual_size)
+
+    def _patience(self) -> float:
+        return min(max(_PATIENCE * self._usual_time, _SHORTEST_PATIENCE), _LONGEST_PATIENCE)
+
+    def _end_longest(self, before: float) -> bool:
+        """End the call that has waited longest for its request, if it has begun before then."""
+        longest = next(iter(self._receiving))
+        if longest.since > before:
+            return False
+        del self._receiving[longest]
+        longest.end()
+        return True

@@ -9,7 +9,7 @@ from msgspec import Struct
 from collab_service.log.decide import Appended, AppendRequest, Decision
 from collab_service.log.queue import Pending, Succession
 from collab_service.log.service import LogService
-from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ReaderStalled, ShuttingDown
+from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ReaderStalled
 from collab_service.rpc.convert import appended_message
 from collab_service.rpc.status import append_failure
 from collab_service.v1 import collab_service_pb2 as pb
@@ -103,9 +103,11 @@ class AppendStream:
         self._on_their_way: deque[_Entry] = deque()
         self._size = 0
         self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Task[None] | None = None
         self._read_everything = False
-        self._stopping = False
+        self._reads_since: float | None = None
+        self._end: CollabError | None = None
 
     async def run(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
         """Answer requests until there are no more.
@@ -124,8 +126,8 @@ class AppendStream:
                 self._release(entry.size)
                 self._changed.set()
                 await self._send(_answer(entry.number, decision))
-            if self._stopping:
-                raise ShuttingDown
+            if self._end is not None:
+                raise self._end
             await self._reader  # raises what has ended it
         finally:
             self._reader.cancel()
@@ -134,15 +136,24 @@ class AppendStream:
                     self._service.withdraw(entry.outcome)
             self._release(self._size)
 
-    def stop(self) -> None:
-        """Read nothing more; end with `ShuttingDown` when what has been read is answered."""
-        self._stopping = True
+    def reads_for(self, now: float) -> float:
+        """Return the seconds for which it has waited for a request."""
+        return 0.0 if self._reads_since is None else now - self._reads_since
+
+    def stop(self, why: CollabError) -> None:
+        """Read nothing more; end with this error when what has been read is answered."""
+        self._end = why
         if self._reader is not None:
             self._reader.cancel()
 
     async def _read(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
         try:
-            async for message in requests:
+            while True:
+                self._reads_since = self._loop.time()
+                message = await anext(requests, None)
+                self._reads_since = None
+                if message is None:
+                    return
                 size = message.request.ByteSize()
                 self._held.take(size, alone=not self._on_their_way)
                 self._size += size
@@ -160,6 +171,7 @@ class AppendStream:
                     self._changed.clear()
                     await self._changed.wait()
         finally:
+            self._reads_since = None
             self._read_everything = True
             self._changed.set()
 

@@ -8,7 +8,6 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from functools import partial
 from typing import Any
 
 import grpc
@@ -19,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
-from collab_service.rpc.admission import Admission, Handlers
+from collab_service.rpc.admission import Admission
 from collab_service.rpc.line_budget import LineBudget
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 from collab_service.storage.driver_errors import cause_of
@@ -32,7 +31,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 _HELD_BYTES = 128 * 1024 * 1024
 """Bytes of requests that calls in progress may hold: what may wait to be written, and as much as is being written at
-most. A request takes twice its size, as it came and as it is checked."""
+most."""
 _RECEIVED_BYTES = 64 * 1024 * 1024
 """Bytes of requests that may be received at once, as far as can be told before they have come."""
 
@@ -43,45 +42,66 @@ a flood they come by the thousand."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+class _CallsInProgress:
+    """Calls are in progress within its context, from when their request has come."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> None:
+        if self._draining:
+            raise ShuttingDown
+        self.count += 1
+        self._idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.count -= 1
+        if not self.count:
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Let no more in, and wait until all have left."""
+        self._draining = True
+        await self._idle.wait()
+
+
 class Boundary:
     """Wraps the servicer's methods into handlers for grpc, and counts the calls in progress."""
 
     def __init__(self, metrics: RpcMetrics) -> None:
         self._metrics = metrics
         self._admission = Admission(held=_HELD_BYTES, received=_RECEIVED_BYTES)
-        metrics.watch(lambda: self._calls)
-        self._calls = 0
-        self._draining = False
+        self._calls = _CallsInProgress()
+        metrics.watch(lambda: self._calls.count)
         self._refused_lines = LineBudget(_REFUSED_LINES)
         self._cancelled_lines = LineBudget(_CANCELLED_LINES)
-        self._idle = asyncio.Event()
-        self._idle.set()
 
-    def generic_handler(
+    def handlers(
         self, service: ServiceDescriptor, servicer: object, *, looks: Mapping[str, Callable[[bytes], None]]
-    ) -> grpc.GenericRpcHandler:
-        """Return what grpc asks for the handlers of a service.
+    ) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
+        """Return the handlers of a service's methods, by their names.
 
         Args:
             service: The service.
             servicer: Has its methods.
             looks: By the name of the method, what is called with a request before it is decoded; may raise our errors.
         """
-        for method in service.methods:
-            path = f"/{service.full_name}/{method.name}"
-            handlers = self._handlers(method, getattr(servicer, method.name), looks.get(method.name))
-            self._admission.methods[path] = handlers
-        return self._admission
+        return {
+            method.name: self._handler(method, getattr(servicer, method.name), looks.get(method.name))
+            for method in service.methods
+        }
 
-    def _handlers(
+    def _handler(
         self,
         method: MethodDescriptor,
         behaviour: Callable[[Any, Context], Awaitable[Any]],
         look_at: Callable[[bytes], None] | None,
-    ) -> Handlers:
-        """Return the handlers for one RPC, carried out by `behaviour`."""
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return the handler for one RPC, carried out by `behaviour`."""
         decode = GetMessageClass(method.input_type).FromString
-        read = partial(_decoded_stream if method.client_streaming else _decoded, decode)
         name = method.name
         metrics = self._metrics.of(name)
 
@@ -93,29 +113,33 @@ class Boundary:
             trailing = ((REQUEST_ID_KEY, request_id), (DETAILS_KEY, failure.details))
             await context.abort(failure.code, failure.message, trailing)
 
-        async def call(request: Any, context: Context) -> Any:
+        async def carry_out(requests: AsyncIterator[bytes], context: Context) -> Any:
+            if method.client_streaming:
+                with self._calls:
+                    return await behaviour(_decoded_stream(decode, requests), context)
+            data = await self._admission.receive(context)
+            size = len(data)
             try:
-                if self._draining:
-                    return await fail(context, ShuttingDown())
-                self._calls += 1
-                self._idle.clear()
-                try:
-                    self._admission.received(request)
+                with self._calls:
                     if look_at is not None:
-                        look_at(request)
-                    answer = await behaviour(read(request), context)
+                        look_at(data)
+                    answer = behaviour(_decoded(decode, data), context)
+                    del data  # what waits is held once
+                    return await answer
+            finally:
+                self._admission.release(size)
+
+        async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
+            try:
+                try:
+                    answer = await carry_out(requests, context)
                     metrics.answered()
                     return answer
                 except (asyncio.CancelledError, grpc.aio.InternalError):
                     raise
                 except Exception as error:
                     failure = error
-                finally:
-                    self._calls -= 1
-                    if not self._calls:
-                        self._idle.set()
-                # No longer counted: a client that takes no message takes no status either.
-                del request
+                # No longer in progress: a client that takes no message takes no status either.
                 await fail(context, failure)
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # The latter is what sending says when the client is gone, just before grpc cancels the call.
@@ -124,22 +148,21 @@ class Boundary:
                     _log.info("call was cancelled", method=name, request_id=_request_id(context), calls=calls)
                 raise asyncio.CancelledError from error
 
-        async def refuse(request: AsyncIterator[bytes], context: Context) -> None:
-            await fail(context, Overloaded("too much is on its way into this server"))
-
-        # To grpc, a request that is refused unread is a stream from which nothing is taken.
-        refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+        # To grpc all calls bring streams of requests: what they bring is read here, or not at all.
         encode = GetMessageClass(method.output_type).SerializeToString
+        if not method.server_streaming:
+            return grpc.stream_unary_rpc_method_handler(call, response_serializer=encode)
         if method.client_streaming:
-            return Handlers(grpc.stream_stream_rpc_method_handler(call, response_serializer=encode), None)
-        if method.server_streaming:
-            return Handlers(grpc.unary_stream_rpc_method_handler(call), refusal)  # it writes bytes
-        return Handlers(grpc.unary_unary_rpc_method_handler(call, response_serializer=encode), refusal)
+            return grpc.stream_stream_rpc_method_handler(call, response_serializer=encode)
+        return grpc.stream_stream_rpc_method_handler(call)  # it writes bytes
+
+    def end_slow(self, seconds: float) -> int:
+        """End the calls whose requests have been coming for more than so many seconds, and return how many."""
+        return self._admission.end_slow(seconds)
 
     async def drain(self) -> None:
         """Refuse calls from now on, and wait until those in progress have finished."""
-        self._draining = True
-        await self._idle.wait()
+        await self._calls.drain()
 
     def _failure(self, method: str, request_id: str, error: Exception) -> Failure:
         """Log what has gone wrong, and return what to answer."""

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
 
 import grpc
 import structlog
@@ -16,6 +15,7 @@ from collab_service.log.service import LogService
 from collab_service.metrics import ServiceMetrics
 from collab_service.rpc.boundary import Boundary
 from collab_service.rpc.health import HealthMonitor
+from collab_service.rpc.memory import MemoryBound
 from collab_service.rpc.servicer import Servicer
 from collab_service.v1 import collab_service_pb2 as pb
 
@@ -54,6 +54,7 @@ class Server:
         self._tasks = BackgroundTasks(on_death)
         self._servicer = Servicer(self._service, config.limits, metrics.rpcs)
         self._boundary = Boundary(metrics.rpcs)
+        self._memory = MemoryBound(config.max_memory_bytes, (self._boundary.end_slow, self._servicer.end_slow_streams))
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> str:
@@ -68,6 +69,7 @@ class Server:
         self._tasks.spawn(self._health.run(), "health")
         self._tasks.spawn(self._metrics.of_process.run(), "metrics")
         self._tasks.spawn(self._servicer.writes.run(), "stalled readers")
+        self._tasks.spawn(self._memory.run(), "memory")
         host, port = split_address(self._config.grpc_address)
         if not self._config.share_port:
             free_place(self._config.grpc_address, option=_OPTION)
@@ -131,11 +133,12 @@ class Server:
             ]
         )
         looks = dict.fromkeys(("AppendEvent", "AppendEvents"), self._servicer.look_at)
-        server.add_generic_rpc_handlers((self._boundary.generic_handler(SERVICE, self._servicer, looks=looks),))
+        handlers = self._boundary.handlers(SERVICE, self._servicer, looks=looks)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
         # What comes by the thousand waits in queues of its own, so that nothing else waits behind it: grpc has one for
-        # each method that is registered, and one for the rest. How a call is handled is asked of the boundary, though,
-        # as for those where no handler is registered.
-        server.add_registered_method_handlers(SERVICE.full_name, cast(Any, dict.fromkeys((*looks, "ListEvents"))))
+        # each method that is registered, and one for the rest.
+        registered = {name: handlers[name] for name in (*looks, "ListEvents")}
+        server.add_registered_method_handlers(SERVICE.full_name, registered)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (
             SERVICE.full_name,

@@ -1,5 +1,6 @@
 """The RPCs. Each does four things: validate, convert, call, convert back."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -7,7 +8,7 @@ from collab_service.log.decide import AppendRequest
 from collab_service.log.service import LogService
 from collab_service.metrics import RpcMetrics
 from collab_service.model import Limits
-from collab_service.model.errors import IdempotencyKeyReused, ShuttingDown
+from collab_service.model.errors import IdempotencyKeyReused, Overloaded, ShuttingDown
 from collab_service.rpc.append_stream import AppendStream, HeldByStreams
 from collab_service.rpc.boundary import Context
 from collab_service.rpc.convert import PageEncoder, appended_message, event_message, session_message
@@ -41,9 +42,21 @@ class Servicer:
         """End all follows, also those whose reader takes no message; and appends, once what was read is answered."""
         self._stopping = True
         for stream in self._append_streams:
-            stream.stop()
+            stream.stop(ShuttingDown())
         self._service.stop_following()
         self.writes.stop()
+
+    def end_slow_streams(self, seconds: float) -> int:
+        """End the streams of appends that have waited for a request, or for all of it, for more than so many seconds.
+
+        Returns:
+            How many there were.
+        """
+        now = asyncio.get_running_loop().time()
+        slow = [stream for stream in self._append_streams if stream.reads_for(now) > seconds]
+        for stream in slow:
+            stream.stop(Overloaded("this server's memory is full, and streams that wait for requests were ended"))
+        return len(slow)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Create a session, or return the one that has the room."""

@@ -1,0 +1,60 @@
+"""The last bound on memory: when the process takes too much, requests that are long in coming are ended.
+
+How much of a request has come grpc does not tell, so all that counts those on their way goes by what requests are like
+of late. A client that knows it could have 1,000 calls with 8 MB each, less a byte, and keep 8 GB for as long as it
+likes. What that does show in is the process as a whole.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from collab_service import memory
+
+_log = structlog.get_logger(__name__)
+
+_LOOK = 0.25
+"""Seconds between two looks."""
+_PATIENCE = 1.0
+"""Seconds that a request gets to come, in any case. Most take a hundredth."""
+_SHARE = 10
+"""What giving back memory takes is at most one part in so many of the time."""
+
+
+class MemoryBound:
+    """Keeps the process's resident memory near a bound."""
+
+    def __init__(self, most_bytes: int, end_slow: Sequence[Callable[[float], int]]) -> None:
+        """Prepare; `run` does it.
+
+        Args:
+            most_bytes: The bound.
+            end_slow: What ends the requests that have been coming for more than so many seconds, and returns how many.
+        """
+        self._most_bytes = most_bytes
+        self._end_slow = end_slow
+
+    async def run(self) -> None:
+        """Do it for ever, where the system tells how much memory it is."""
+        loop = asyncio.get_running_loop()
+        pause, ended = _LOOK, 0
+        while memory.tells_resident_bytes():
+            await asyncio.sleep(pause)
+            pause = _LOOK
+            if ended or memory.resident_bytes() > self._most_bytes:
+                # Much of it may be free already, and glibc has kept it.
+                started = loop.time()
+                await asyncio.to_thread(memory.give_back)
+                pause = max(pause, _SHARE * (loop.time() - started))
+                ended = self._end_what_is_slow()
+
+    def _end_what_is_slow(self) -> int:
+        """Return how many were ended."""
+        if (resident := memory.resident_bytes()) <= self._most_bytes:
+            return 0
+        ended = sum(end(_PATIENCE) for end in self._end_slow)
+        if ended:
+            _log.warning("too much memory is taken, requests that are long in coming are ended", calls=ended,
+                         resident_bytes=resident, max_memory_bytes=self._most_bytes)  # fmt: skip
+        return ended
