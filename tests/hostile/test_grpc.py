@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-import struct
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
@@ -14,42 +13,37 @@ from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.gateway.wire import connected
 from tests.hostile.conftest import CONNECTIONS, last_words, stored
-from tests.http2 import FollowConnection
+from tests.http2 import EMPTY_SETTINGS, PREFACE, FollowConnection, frame
 from tests.memory import resident_kilobytes
 from tests.processes import ServeProcess
 from tests.rpc.calls import TIMEOUT, Failure, append, events, new_session, raw_call
 from tests.rpc.test_fuzz import EXPECTED
 
 _METHODS = pb.DESCRIPTOR.services_by_name["CollabService"].methods
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+_HELLO = PREFACE + EMPTY_SETTINGS
 _PATIENCE = 15.0
-
-
-def _frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
 
 _WRONG = {
     "no HTTP/2": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
     "noise": random.Random(1).randbytes(500),
-    "no settings": _HELLO[:24] + _frame(0, 0, 1, b"x"),
-    "data of no stream": _HELLO + _frame(0, 1, 1, b"x" * 100),
-    "data of stream 0": _HELLO + _frame(0, 0, 0, b"x"),
+    "no settings": PREFACE + frame(0, 0, 1, b"x"),
+    "data of no stream": _HELLO + frame(0, 1, 1, b"x" * 100),
+    "data of stream 0": _HELLO + frame(0, 0, 0, b"x"),
     "a frame too long": _HELLO + b"\xff\xff\xff\0\0\0\0\0\1" + b"x" * 100_000,
-    "headers that are none": _HELLO + _frame(1, 5, 1, b"\xff" * 50),
-    "a stream of even number": _HELLO + _frame(1, 5, 2, b"\x82"),
-    "a continuation of nothing": _HELLO + _frame(9, 4, 1, b"\x82"),
-    "settings of a wrong length": _HELLO + _frame(4, 0, 0, b"12345"),
-    "a window that overflows": _HELLO + _frame(8, 0, 0, b"\x7f\xff\xff\xff") * 2,
-    "a ping of a wrong length": _HELLO + _frame(6, 0, 0, b"1"),
+    "headers that are none": _HELLO + frame(1, 5, 1, b"\xff" * 50),
+    "a stream of even number": _HELLO + frame(1, 5, 2, b"\x82"),
+    "a continuation of nothing": _HELLO + frame(9, 4, 1, b"\x82"),
+    "settings of a wrong length": _HELLO + frame(4, 0, 0, b"12345"),
+    "a window that overflows": _HELLO + frame(8, 0, 0, b"\x7f\xff\xff\xff") * 2,
+    "a ping of a wrong length": _HELLO + frame(6, 0, 0, b"1"),
 }
 _FLOODS = {
-    "pings": _frame(6, 0, 0, b"12345678"),
-    "settings": _frame(4),
-    "empty data": _frame(0, 0, 1),
-    "window updates": _frame(8, 0, 0, b"\0\0\0\1"),
-    "resets": _frame(3, 0, 1, b"\0\0\0\x08"),
-    "continuations": _frame(9, 0, 1, b"\0\1x\1y"),
+    "pings": frame(6, 0, 0, b"12345678"),
+    "settings": frame(4, 0, 0),
+    "empty data": frame(0, 0, 1),
+    "window updates": frame(8, 0, 0, b"\0\0\0\1"),
+    "resets": frame(3, 0, 1, b"\0\0\0\x08"),
+    "continuations": frame(9, 0, 1, b"\0\1x\1y"),
 }
 
 
@@ -108,17 +102,17 @@ async def test_wrong_frames(attacked: ServeProcess, stub: CollabServiceStub, sen
     append(stub, new_session(stub))
 
 
-@pytest.mark.parametrize("frame", _FLOODS.values(), ids=_FLOODS)
-async def test_floods(attacked: ServeProcess, stub: CollabServiceStub, frame: bytes) -> None:
+@pytest.mark.parametrize("flood", _FLOODS.values(), ids=_FLOODS)
+async def test_floods(attacked: ServeProcess, stub: CollabServiceStub, flood: bytes) -> None:
     """A flood of small frames from a client that reads no answer costs no memory, and others are served meanwhile."""
     session_id = new_session(stub)
     before = resident_kilobytes(attacked.process.pid)
     async with connected(attacked.grpc_address, small=True) as connection:
-        connection.writer.write(_HELLO + _frame(1, 0 if frame[3] == 9 else 4, 1, b"\x83\x86"))
+        connection.writer.write(_HELLO + frame(1, 0 if flood[3] == 9 else 4, 1, b"\x83\x86"))
         try:
             async with asyncio.timeout(2):
                 for _ in range(200):
-                    connection.writer.write(frame * 1_000)
+                    connection.writer.write(flood * 1_000)
                     await connection.writer.drain()
         except (TimeoutError, ConnectionError):
             pass
