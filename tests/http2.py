@@ -73,14 +73,14 @@ class _Connection(asyncio.Protocol):
     def _say_hello(self) -> None:
         self._send(SETTINGS, 0, 0)
 
-    def _begin(self, method: str) -> int:
-        """Begin a call and return its stream."""
+    def _begin(self, path: str) -> int:
+        """Begin a call of the method with this path and return its stream."""
         stream_id = 2 * self._begun + 1
         self._begun += 1
         headers = (
             (":method", "POST"),
             (":scheme", "http"),
-            (":path", f"/collab_service.v1.CollabService/{method}"),
+            (":path", path),
             (":authority", self._address),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
@@ -130,7 +130,7 @@ class FollowConnection(_Connection):
 
     def follow(self, request: pb.ListEventsRequest) -> int:
         """Call `ListEvents` and return the stream's number."""
-        stream_id = self._begin("ListEvents")
+        stream_id = self._begin("/collab_service.v1.CollabService/ListEvents")
         self._streams[stream_id] = bytearray()
         self._send(DATA, END_STREAM, stream_id, message_of(request.SerializeToString()))
         return stream_id // 2
@@ -162,17 +162,23 @@ class FollowConnection(_Connection):
 class UnfinishedRequests(_Connection):
     """A connection with calls that send their requests but for the last byte."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, takes_answers: bool) -> None:
         super().__init__(address)
+        self._takes_answers = takes_answers
         self._window = INITIAL_WINDOW
         self._initial_window = INITIAL_WINDOW
         self._windows: dict[int, int] = {}
         self._unsent: dict[int, int] = {}
 
     @classmethod
-    async def open(cls, address: str) -> Self:
-        """Connect."""
-        connection = cls(address)
+    async def open(cls, address: str, *, takes_answers: bool = True) -> Self:
+        """Connect.
+
+        Args:
+            address: The server's.
+            takes_answers: Whether the server may send messages.
+        """
+        connection = cls(address, takes_answers=takes_answers)
         await connection._connect()
         return connection
 
@@ -181,12 +187,19 @@ class UnfinishedRequests(_Connection):
         """How many of its calls the server has not ended."""
         return len(self._unsent)
 
-    def begin(self, method: str, size: int) -> None:
-        """Begin a call, and a request of so many bytes."""
-        stream_id = self._begin(method)
-        start = message_of(bytes(size))[:_MESSAGE_HEAD]
+    def begin(self, path: str, size: int, before: bytes = b"") -> None:
+        """Begin a call of a method, and a request of so many bytes, which is garbage; before it, send a whole one."""
+        stream_id = self._begin(path)
         self._windows[stream_id], self._unsent[stream_id] = self._initial_window, size - 1
-        self._send_data(stream_id, start)
+        if before:
+            self._send_data(stream_id, message_of(before))
+        self._send_data(stream_id, message_of(bytes(size))[:_MESSAGE_HEAD])
+
+    def finish(self) -> None:
+        """Send the last byte of all requests that lack nothing else."""
+        for stream_id, unsent in self._unsent.items():
+            if not unsent:
+                self._send(DATA, END_STREAM, stream_id, b"\xff")
 
     def send_more(self, most: int) -> int:
         """Send zeros on all streams, as far as the server lets them, and return how many; they are `most` at most."""
@@ -198,6 +211,15 @@ class UnfinishedRequests(_Connection):
                 self._send_data(stream_id, bytes(size))
                 left -= size
         return most - left
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Note the end of all calls."""
+        self._unsent.clear()
+        super().connection_lost(error)
+
+    def _say_hello(self) -> None:
+        window = b"" if self._takes_answers else struct.pack(">HI", _INITIAL_WINDOW_SIZE, 0)
+        self._send(SETTINGS, 0, 0, window)
 
     def _send_data(self, stream_id: int, data: bytes) -> None:
         self._windows[stream_id] -= len(data)

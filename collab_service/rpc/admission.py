@@ -7,12 +7,9 @@ received: when those in progress hold too many bytes of requests, or too many re
 """
 
 import asyncio
-from typing import Any
-
-import grpc
 
 from collab_service.model.errors import InvalidArgument, Overloaded, Violation
-from collab_service.rpc.interruptible import Interruptible
+from collab_service.rpc.reads import Context, End, Reads
 
 _REQUESTS = 1_024
 """Requests that may be received at once, however small they usually are."""
@@ -21,13 +18,12 @@ _PATIENCE = 10
 _SHORTEST_PATIENCE, _LONGEST_PATIENCE = 0.25, 5.0
 """Seconds. Whoever begins calls and sends nothing, to keep others out, has to begin 4,096 of them in a second: as many
 as keep this process busy anyway."""
-
 _CANCELLATION = 0.1
 """Seconds. Where a call was given up, grpc says first that there is no request, and then cancels its task."""
 
 
 class Admission:
-    """Receives the requests of calls, as far as there is room for them."""
+    """Receives the requests of calls that bring one, as far as there is room for them."""
 
     def __init__(self, *, held: int, received: int) -> None:
         """Receive up to two bounds.
@@ -36,70 +32,49 @@ class Admission:
             held: Bytes of requests that calls in progress may hold.
             received: Bytes of requests that may be received at once.
         """
+        self.reads = Reads()
+        """What is being received."""
         self._max_held = held
         self._max_received = received
         self._held = 0
-        self._receiving: dict[Interruptible, None] = {}
-        """In the order in which they have begun."""
         self._usual_size = 1.0
         """Bytes of a request of late: how large one is going to be is not known before it has come."""
         self._usual_time = 0.0
         """Seconds that a request of late has taken to come."""
         self._loop = asyncio.get_running_loop()
 
-    async def receive(self, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
-        """Return the request of the current task's call; its bytes count as held until `release`.
+    async def receive(self, context: Context, end: End) -> bytes:
+        """Return a call's request; its bytes count as held until `release`.
+
+        Args:
+            context: The call's.
+            end: Ends the call, when the request is long in coming.
 
         Raises:
-            InvalidArgument: There is none.
-            Overloaded: There is no room for it, or it was long in coming and others needed the room.
+            InvalidArgument: There is no request.
+            Overloaded: There is no room for it.
+            CallEnded: It was long in coming, and `end` raised nothing.
         """
-        since = self._loop.time()
-        if self._held >= self._max_held or not (self._has_room() or self._end_longest(since - self._patience())):
+        begun = self._loop.time()
+        if self._held >= self._max_held or not (self._has_room() or self._makes_room(begun)):
             raise Overloaded("too much is on its way into this server")
-        task = asyncio.current_task()
-        assert task is not None
-        receiving = Interruptible(task, since)
-        self._receiving[receiving] = None
-        try:
-            request = await context.read()
-        except asyncio.CancelledError:
-            if not receiving.was_only_ended():
-                raise
-            raise Overloaded("the request was long in coming, and others needed its room") from None
-        finally:
-            self._receiving.pop(receiving, None)
-        if request is grpc.aio.EOF:
+        request = await self.reads.read(context, end)
+        if request is None:
             await asyncio.sleep(_CANCELLATION)
             raise InvalidArgument([Violation("request", "must be sent")])
         size = len(request)
         self._held += size
         self._usual_size += (size - self._usual_size) / 16
-        self._usual_time += (self._loop.time() - since - self._usual_time) / 16
-        return bytes(request)
+        self._usual_time += (self._loop.time() - begun - self._usual_time) / 16
+        return request
 
     def release(self, size: int) -> None:
         """Take note that a request of so many bytes is held no longer."""
         self._held -= size
 
-    def end_slow(self, seconds: float) -> int:
-        """End the calls whose requests have been coming for more than so many seconds, and return how many."""
-        before, count = self._loop.time() - seconds, 0
-        while self._receiving and self._end_longest(before):
-            count += 1
-        return count
-
     def _has_room(self) -> bool:
-        return len(self._receiving) < min(_REQUESTS, self._max_received / self._usual_size)
+        return len(self.reads) < min(_REQUESTS, self._max_received / self._usual_size)
 
-    def _patience(self) -> float:
-        return min(max(_PATIENCE * self._usual_time, _SHORTEST_PATIENCE), _LONGEST_PATIENCE)
-
-    def _end_longest(self, before: float) -> bool:
-        """End the call that has waited longest for its request, if it has begun before then."""
-        longest = next(iter(self._receiving))
-        if longest.since > before:
-            return False
-        del self._receiving[longest]
-        longest.end()
-        return True
+    def _makes_room(self, now: float) -> bool:
+        patience = min(max(_PATIENCE * self._usual_time, _SHORTEST_PATIENCE), _LONGEST_PATIENCE)
+        return self.reads.end_longest(now - patience)

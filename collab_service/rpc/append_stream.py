@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 from msgspec import Struct
 
@@ -11,6 +11,7 @@ from collab_service.log.queue import Pending, Succession
 from collab_service.log.service import LogService
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ReaderStalled
 from collab_service.rpc.convert import appended_message
+from collab_service.rpc.reads import Requests
 from collab_service.rpc.status import append_failure
 from collab_service.v1 import collab_service_pb2 as pb
 
@@ -103,19 +104,20 @@ class AppendStream:
         self._on_their_way: deque[_Entry] = deque()
         self._size = 0
         self._changed = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._reader: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None]
+        self._requests: Requests[pb.AppendStreamRequest]
         self._read_everything = False
-        self._reads_since: float | None = None
         self._end: CollabError | None = None
 
-    async def run(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
+    async def run(self, requests: Requests[pb.AppendStreamRequest]) -> None:
         """Answer requests until there are no more.
 
         Raises:
             CollabError: The stream has to end: a request could not be carried out through no fault of its own, or the
                 server stops. What was not answered may or may not be stored.
         """
+        self._requests = requests
+        requests.end = self._end_since_it_waits
         self._reader = asyncio.create_task(self._read(requests), name="append-stream")
         self._reader.add_done_callback(lambda reader: reader.cancelled() or reader.exception())  # or it is told below
         try:
@@ -130,29 +132,30 @@ class AppendStream:
                 raise self._end
             await self._reader  # raises what has ended it
         finally:
-            self._reader.cancel()
+            self._stop_reading()
             for entry in self._on_their_way:
                 if isinstance(entry.outcome, Pending):
                     self._service.withdraw(entry.outcome)
             self._release(self._size)
 
-    def reads_for(self, now: float) -> float:
-        """Return the seconds for which it has waited for a request."""
-        return 0.0 if self._reads_since is None else now - self._reads_since
-
     def stop(self, why: CollabError) -> None:
         """Read nothing more; end with this error when what has been read is answered."""
         self._end = why
-        if self._reader is not None:
+        self._stop_reading()
+
+    async def _end_since_it_waits(self) -> None:
+        self.stop(Overloaded("this server's memory is full, and streams that wait for requests are ended"))
+
+    def _stop_reading(self) -> None:
+        self._read_everything = True
+        self._changed.set()
+        if not self._requests.is_waiting:
             self._reader.cancel()
 
-    async def _read(self, requests: AsyncIterator[pb.AppendStreamRequest]) -> None:
+    async def _read(self, requests: Requests[pb.AppendStreamRequest]) -> None:
         try:
-            while True:
-                self._reads_since = self._loop.time()
-                message = await anext(requests, None)
-                self._reads_since = None
-                if message is None:
+            async for message in requests:
+                if self._read_everything:
                     return
                 size = message.request.ByteSize()
                 self._held.take(size, alone=not self._on_their_way)
@@ -171,7 +174,6 @@ class AppendStream:
                     self._changed.clear()
                     await self._changed.wait()
         finally:
-            self._reads_since = None
             self._read_everything = True
             self._changed.set()
 

@@ -7,7 +7,8 @@ but our own errors: the text of an unexpected exception stays in the log.
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
 from collab_service.rpc.admission import Admission
 from collab_service.rpc.line_budget import LineBudget
+from collab_service.rpc.reads import Context, Reads, Requests
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 from collab_service.storage.driver_errors import cause_of
 
@@ -38,8 +40,6 @@ _RECEIVED_BYTES = 64 * 1024 * 1024
 _REFUSED_LINES, _CANCELLED_LINES = 1, 20
 """Lines of the log in a second, at most, that tell of calls refused as too many, and of calls that were given up: under
 a flood they come by the thousand."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class _CallsInProgress:
@@ -74,6 +74,9 @@ class Boundary:
     def __init__(self, metrics: RpcMetrics) -> None:
         self._metrics = metrics
         self._admission = Admission(held=_HELD_BYTES, received=_RECEIVED_BYTES)
+        self._reads_of_streams = Reads()
+        self.reads = self._admission.reads, self._reads_of_streams
+        """All requests that are being received."""
         self._calls = _CallsInProgress()
         metrics.watch(lambda: self._calls.count)
         self._refused_lines = LineBudget(_REFUSED_LINES)
@@ -113,11 +116,15 @@ class Boundary:
             trailing = ((REQUEST_ID_KEY, request_id), (DETAILS_KEY, failure.details))
             await context.abort(failure.code, failure.message, trailing)
 
-        async def carry_out(requests: AsyncIterator[bytes], context: Context) -> Any:
+        async def carry_out(context: Context) -> Any:
+            def end() -> Coroutine[Any, Any, None]:
+                return fail(context, Overloaded("the request was long in coming"))
+
             if method.client_streaming:
+                requests = Requests(self._reads_of_streams, context, partial(_decoded, decode), end)
                 with self._calls:
-                    return await behaviour(_decoded_stream(decode, requests), context)
-            data = await self._admission.receive(context)
+                    return await behaviour(requests, context)
+            data = await self._admission.receive(context, end)
             size = len(data)
             try:
                 with self._calls:
@@ -125,27 +132,32 @@ class Boundary:
                         look_at(data)
                     answer = behaviour(_decoded(decode, data), context)
                     del data  # what waits is held once
+                    if method.server_streaming:  # which goes on for long, and keeps nothing of it
+                        self._admission.release(size)
+                        size = 0
                     return await answer
             finally:
                 self._admission.release(size)
 
-        async def call(requests: AsyncIterator[bytes], context: Context) -> Any:
+        async def call(_: object, context: Context) -> Any:
             try:
-                try:
-                    answer = await carry_out(requests, context)
-                    metrics.answered()
-                    return answer
-                except (asyncio.CancelledError, grpc.aio.InternalError):
-                    raise
-                except Exception as error:
-                    failure = error
-                # No longer in progress: a client that takes no message takes no status either.
-                await fail(context, failure)
+                answer = await carry_out(context)
+                metrics.answered()
+                return answer
+            except grpc.aio.AbortError:
+                raise  # it has failed already
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
                 # The latter is what sending says when the client is gone, just before grpc cancels the call.
                 metrics.failed("CANCELLED")
                 if calls := self._cancelled_lines.take():
                     _log.info("call was cancelled", method=name, request_id=_request_id(context), calls=calls)
+                raise asyncio.CancelledError from error
+            except Exception as error:
+                failure = error
+            # No longer in progress: a client that takes no message takes no status either.
+            try:
+                await fail(context, failure)
+            except grpc.aio.InternalError as error:
                 raise asyncio.CancelledError from error
 
         # To grpc all calls bring streams of requests: what they bring is read here, or not at all.
@@ -155,10 +167,6 @@ class Boundary:
         if method.client_streaming:
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=encode)
         return grpc.stream_stream_rpc_method_handler(call)  # it writes bytes
-
-    def end_slow(self, seconds: float) -> int:
-        """End the calls whose requests have been coming for more than so many seconds, and return how many."""
-        return self._admission.end_slow(seconds)
 
     async def drain(self) -> None:
         """Refuse calls from now on, and wait until those in progress have finished."""
@@ -188,15 +196,6 @@ def _decoded(decode: Callable[[bytes], Message], data: bytes) -> Message:
     except DecodeError as error:
         what = "must be the bytes of this call's request message, with valid UTF-8 in text fields"
         raise InvalidArgument([Violation("request", what)]) from error
-
-
-async def _decoded_stream(
-    decode: Callable[[bytes], Message], messages: AsyncIterator[bytes]
-) -> AsyncGenerator[Message, None]:
-    async for data in messages:
-        message = [_decoded(decode, data)]
-        del data
-        yield message.pop()  # so that nothing of it is held here until the next one is asked for
 
 
 def _forget_frames(error: BaseException | None) -> None:

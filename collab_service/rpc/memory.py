@@ -6,11 +6,12 @@ likes. What that does show in is the process as a whole.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import structlog
 
 from collab_service import memory
+from collab_service.rpc.reads import Reads
 
 _log = structlog.get_logger(__name__)
 
@@ -25,15 +26,15 @@ _SHARE = 10
 class MemoryBound:
     """Keeps the process's resident memory near a bound."""
 
-    def __init__(self, most_bytes: int, end_slow: Sequence[Callable[[float], int]]) -> None:
+    def __init__(self, most_bytes: int, reads: Sequence[Reads]) -> None:
         """Prepare; `run` does it.
 
         Args:
             most_bytes: The bound.
-            end_slow: What ends the requests that have been coming for more than so many seconds, and returns how many.
+            reads: The requests that are being received.
         """
         self._most_bytes = most_bytes
-        self._end_slow = end_slow
+        self._reads = reads
 
     async def run(self) -> None:
         """Do it for ever, where the system tells how much memory it is."""
@@ -53,7 +54,7 @@ class MemoryBound:
         """Return how many were ended."""
         if (resident := memory.resident_bytes()) <= self._most_bytes:
             return 0
-        ended = sum(end(_PATIENCE) for end in self._end_slow)
+        ended = sum(reads.end_slow(_PATIENCE) for reads in self._reads)
         if ended:
             _log.warning("too much memory is taken, requests that are long in coming are ended", calls=ended,
                          resident_bytes=resident, max_memory_bytes=self._most_bytes)  # fmt: skip

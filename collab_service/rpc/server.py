@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from collab_service.addresses import cannot_listen, free_place, join_address, split_address
 from collab_service.config import Config
@@ -16,12 +16,16 @@ from collab_service.metrics import ServiceMetrics
 from collab_service.rpc.boundary import Boundary
 from collab_service.rpc.health import HealthMonitor
 from collab_service.rpc.memory import MemoryBound
+from collab_service.rpc.reads import Reads
 from collab_service.rpc.servicer import Servicer
+from collab_service.rpc.standard import standard_handlers
 from collab_service.v1 import collab_service_pb2 as pb
 
 _log = structlog.get_logger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CollabService"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+_REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
 _OPTION = "--grpc-address"
 _LINGER = 0.5
@@ -54,7 +58,8 @@ class Server:
         self._tasks = BackgroundTasks(on_death)
         self._servicer = Servicer(self._service, config.limits, metrics.rpcs)
         self._boundary = Boundary(metrics.rpcs)
-        self._memory = MemoryBound(config.max_memory_bytes, (self._boundary.end_slow, self._servicer.end_slow_streams))
+        self._standard_reads = Reads()
+        self._memory = MemoryBound(config.max_memory_bytes, (*self._boundary.reads, self._standard_reads))
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> str:
@@ -139,11 +144,11 @@ class Server:
         # each method that is registered, and one for the rest.
         registered = {name: handlers[name] for name in (*looks, "ListEvents")}
         server.add_registered_method_handlers(SERVICE.full_name, registered)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
-        names = (
-            SERVICE.full_name,
-            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-            reflection.SERVICE_NAME,
-        )
-        reflection.enable_server_reflection(names, server)
+        names = (SERVICE.full_name, _HEALTH.full_name, _REFLECTION.full_name)
+        for service, servicer in (
+            (_HEALTH, self._health.servicer),
+            (_REFLECTION, reflection.aio.ReflectionServicer(names)),
+        ):
+            handlers = standard_handlers(service, servicer, self._standard_reads)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
         return server

@@ -1,18 +1,16 @@
 """The RPCs. Each does four things: validate, convert, call, convert back."""
 
-import asyncio
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from collab_service.log.decide import AppendRequest
 from collab_service.log.service import LogService
 from collab_service.metrics import RpcMetrics
 from collab_service.model import Limits
-from collab_service.model.errors import IdempotencyKeyReused, Overloaded, ShuttingDown
+from collab_service.model.errors import IdempotencyKeyReused, ShuttingDown
 from collab_service.rpc.append_stream import AppendStream, HeldByStreams
-from collab_service.rpc.boundary import Context
 from collab_service.rpc.convert import PageEncoder, appended_message, event_message, session_message
 from collab_service.rpc.page_token import make_page_token
+from collab_service.rpc.reads import Context, Requests
 from collab_service.rpc.validate import Check, session_of
 from collab_service.rpc.writes import Writes
 from collab_service.v1 import collab_service_pb2 as pb
@@ -45,18 +43,6 @@ class Servicer:
             stream.stop(ShuttingDown())
         self._service.stop_following()
         self.writes.stop()
-
-    def end_slow_streams(self, seconds: float) -> int:
-        """End the streams of appends that have waited for a request, or for all of it, for more than so many seconds.
-
-        Returns:
-            How many there were.
-        """
-        now = asyncio.get_running_loop().time()
-        slow = [stream for stream in self._append_streams if stream.reads_for(now) > seconds]
-        for stream in slow:
-            stream.stop(Overloaded("this server's memory is full, and streams that wait for requests were ended"))
-        return len(slow)
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Create a session, or return the one that has the room."""
@@ -137,7 +123,7 @@ class Servicer:
         del request  # what waits is held once
         return appended_message(await self._service.append(batch))
 
-    async def AppendStream(self, requests: AsyncIterator[pb.AppendStreamRequest], context: Context) -> None:
+    async def AppendStream(self, requests: Requests[pb.AppendStreamRequest], context: Context) -> None:
         """Append batches, many on their way at once."""
         if self._stopping:
             raise ShuttingDown
@@ -160,7 +146,8 @@ class Servicer:
             check.at_least(0, "since_server_seq", request.since_server_seq)
             check.at_least(0, "limit", request.limit)
             types = check.types(request.types)
-        read = self._service.follow if request.follow else self._service.read
+        follow = request.follow
+        read = self._service.follow if follow else self._service.read
         pages = read(
             request.session_id,
             since=request.since_server_seq,
@@ -168,11 +155,12 @@ class Servicer:
             types=types,
             encoded=_OF_COLUMNS not in (context.invocation_metadata() or ()),
         )
+        del request  # which may be large, and a follow goes on for long
         async with aclosing(pages):
             async for page in pages:
                 message = self._pages.encode(page)
                 del page  # a reader that stalls shall cost no more than the bytes
-                await self.writes.write(message, context, follow=request.follow)
+                await self.writes.write(message, context, follow=follow)
 
     def _language_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> int | None:
         return check.at_least(1, "language_id", request.language_id) if request.HasField("language_id") else None

@@ -6,10 +6,11 @@ They are looked at all together, again and again: a timer for each would cost a 
 import asyncio
 from collections.abc import Callable
 
+from msgspec import Struct
+
 from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import ReaderStalled, ShuttingDown
-from collab_service.rpc.boundary import Context
-from collab_service.rpc.interruptible import Interruptible
+from collab_service.rpc.reads import Context
 from collab_service.rpc.stuck import StuckMessages
 
 _STALLED = 60.0
@@ -22,10 +23,22 @@ _LOOK = 0.25
 """Seconds between two looks."""
 
 
-class _Write(Interruptible, eq=False, kw_only=True):
+class _Write(Struct, eq=False):
     """A message on its way."""
 
+    task: "asyncio.Task[object]"
+    since: float
     follow: bool
+    is_ended: bool = False
+
+    def end(self) -> None:
+        """Interrupt it."""
+        self.is_ended = True
+        self.task.cancel()
+
+    def was_only_ended(self) -> bool:
+        """Tell, once its task was cancelled, whether that was `end` and nobody else; if so, it is no longer."""
+        return self.is_ended and self.task.uncancel() == 0
 
 
 class Writes:
@@ -54,7 +67,7 @@ class Writes:
         """
         task = asyncio.current_task()
         assert task is not None
-        write = _Write(task, self._loop.time(), follow=follow)
+        write = _Write(task, self._loop.time(), follow)
         self._under_way.add(write)
         try:
             await context.write(message)

@@ -10,7 +10,8 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from collab_service.rpc.boundary import REQUEST_ID_KEY, Context
+from collab_service.rpc.boundary import REQUEST_ID_KEY
+from collab_service.rpc.reads import Context
 from collab_service.rpc.server import SERVICE
 from collab_service.rpc.status import DETAILS_KEY, DOMAIN
 
