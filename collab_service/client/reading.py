@@ -149,10 +149,12 @@ async def _next_message(
 ) -> pb.ListEventsResponse | None:
     """Return the next message; None at the end of the stream."""
     silent_at = asyncio.get_running_loop().time() + _SILENCE
+    # Not cancelled with this task, but by the end of the call: grpc would keep for ever a message that has just come.
+    reading = asyncio.ensure_future(call.read())
     try:
         async with asyncio.timeout_at(min(silent_at, give_up_at)):
             with rpc_errors(writes=False):
-                message = await call.read()
+                message = await asyncio.shield(reading)
     except TimeoutError as error:
         raise Unavailable("the service does not answer: it was silent for too long") from error
     return message if isinstance(message, pb.ListEventsResponse) else None

@@ -1,6 +1,7 @@
 """Reading and following across cuts: each event once, in order, however often and wherever the connection is lost."""
 
 import asyncio
+import gc
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from collab_service import memory
 from collab_service.client import (
     CollabClient,
     Event,
@@ -26,10 +28,12 @@ from collab_service.client import (
     reading,
 )
 from collab_service.v1 import collab_service_pb2 as pb
+from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.client.answering import AnsweringService, Refusal
 from tests.client.calls import ONCE, QUICK, failure, serving
 from tests.memory import resident_kilobytes
 from tests.processes import ServeProcess
+from tests.rpc.calls import append, events
 from tests.tcp import TcpProxy
 from tests.waiting import until
 
@@ -400,6 +404,35 @@ async def test_a_read_that_cannot_go_on(proxy: TcpProxy, client: CollabClient) -
     assert type(caught.value) is Unavailable
     assert 0 < len(numbers) < 2100
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.skipif(not memory.tells_resident_bytes(), reason="the system does not tell")
+async def test_leaving_at_the_moment_that_a_message_comes(client: CollabClient, stub: CollabServiceStub) -> None:
+    """Nothing of the message stays in the reader's memory."""
+
+    async def leave() -> None:
+        session, _ = await client.create_session()
+        await client.append(session.id, NewEvent())
+        async with aclosing(client.follow(session.id)) as follow:
+            await anext(follow)
+            waiting = asyncio.create_task(anext(follow))
+            for _ in range(10):
+                await asyncio.sleep(0)  # it waits
+            append(stub, session.id, binary=bytes(1_000_000))
+            events(stub, session.id)  # which takes as long as the message does, while nothing here goes on
+            waiting.cancel()
+            await asyncio.wait((waiting,))
+
+    def resident_bytes() -> int:
+        gc.collect()
+        memory.give_back()
+        return memory.resident_bytes()
+
+    await leave()
+    before = resident_bytes()
+    for _ in range(40):
+        await leave()
+    assert resident_bytes() - before < 15_000_000
 
 
 @pytest.mark.long
