@@ -38,7 +38,7 @@ class Config:
     max_followers: int = DEFAULT_MAX_FOLLOWERS
     """Follows at once, of all sessions together."""
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
-    """Resident memory of a process, from where on requests that are long in coming are ended."""
+    """Resident memory of a process, from where on calls that wait for their clients are ended."""
     notify: bool = True
     """Tell other processes of changes and listen to theirs; without, they are seen when each looks for itself."""
     shutdown_grace: float = 10.0

@@ -18,7 +18,6 @@ ACK, END_STREAM, END_HEADERS = 1, 1, 4
 _INITIAL_WINDOW_SIZE = 4
 _CANCEL = 8
 _LARGEST_FRAME = 16_384
-_MESSAGE_HEAD = 5
 LARGEST_WINDOW = 2**31 - 1
 INITIAL_WINDOW = 65_535
 
@@ -168,7 +167,7 @@ class UnfinishedRequests(_Connection):
         self._window = INITIAL_WINDOW
         self._initial_window = INITIAL_WINDOW
         self._windows: dict[int, int] = {}
-        self._unsent: dict[int, int] = {}
+        self._unsent: dict[int, memoryview] = {}
 
     @classmethod
     async def open(cls, address: str, *, takes_answers: bool = True) -> Self:
@@ -184,32 +183,41 @@ class UnfinishedRequests(_Connection):
 
     @property
     def unfinished(self) -> int:
-        """How many of its calls the server has not ended."""
+        """How many of its calls lack their end, and the server has not ended."""
         return len(self._unsent)
 
-    def begin(self, path: str, size: int, before: bytes = b"") -> None:
-        """Begin a call of a method, and a request of so many bytes, which is garbage; before it, send a whole one."""
+    @property
+    def unsent(self) -> int:
+        """How many bytes of its requests are to be sent before their last ones."""
+        return sum(len(unsent) - 1 for unsent in self._unsent.values())
+
+    def begin(self, path: str, request: bytes, before: bytes = b"") -> None:
+        """Begin a call of a method, and its request; before it, send a whole one."""
         stream_id = self._begin(path)
-        self._windows[stream_id], self._unsent[stream_id] = self._initial_window, size - 1
+        self._windows[stream_id], self._unsent[stream_id] = self._initial_window, memoryview(request)
         if before:
             self._send_data(stream_id, message_of(before))
-        self._send_data(stream_id, message_of(bytes(size))[:_MESSAGE_HEAD])
+        self._send_data(stream_id, head_of(request))
 
-    def finish(self) -> None:
-        """Send the last byte of all requests that lack nothing else."""
-        for stream_id, unsent in self._unsent.items():
-            if not unsent:
-                self._send(DATA, END_STREAM, stream_id, b"\xff")
+    def finish(self) -> int:
+        """Send the last byte of all requests that lack nothing else, and return how many these are."""
+        whole = [stream_id for stream_id, unsent in self._unsent.items() if len(unsent) == 1]
+        for stream_id in whole:
+            self._send(DATA, END_STREAM, stream_id, bytes(self._unsent.pop(stream_id)))
+        return len(whole)
 
     def send_more(self, most: int) -> int:
-        """Send zeros on all streams, as far as the server lets them, and return how many; they are `most` at most."""
-        left = most
-        for stream_id, unsent in self._unsent.items():
-            size = min(unsent, self._windows[stream_id], self._window, left, _LARGEST_FRAME)
-            if size > 0:
-                self._unsent[stream_id] -= size
-                self._send_data(stream_id, bytes(size))
-                left -= size
+        """Send some of all requests, as far as the server lets them, and return how many bytes, at most `most`."""
+        left, goes_on = most, True
+        while goes_on:
+            goes_on = False
+            for stream_id, unsent in self._unsent.items():
+                size = min(len(unsent) - 1, self._windows[stream_id], self._window, left, _LARGEST_FRAME)
+                if size > 0:
+                    self._unsent[stream_id] = unsent[size:]
+                    self._send_data(stream_id, bytes(unsent[:size]))
+                    left -= size
+                    goes_on = True
         return most - left
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -251,7 +259,12 @@ def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
 
 def message_of(message: bytes) -> bytes:
     """Return a message as gRPC frames it: not compressed, with its length."""
-    return b"\0" + struct.pack(">I", len(message)) + message
+    return head_of(message) + message
+
+
+def head_of(message: bytes) -> bytes:
+    """Return what stands before a message."""
+    return b"\0" + struct.pack(">I", len(message))
 
 
 def _field(name: str, value: str) -> bytes:

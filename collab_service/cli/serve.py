@@ -121,7 +121,7 @@ def serve(
     ] = DEFAULT_MAX_FOLLOWERS,
     max_memory_bytes: Annotated[
         int,
-        _limit("max-memory-bytes", "Memory of a process, from where on requests long in coming are ended.", MAX_INT64),
+        _limit("max-memory-bytes", "Memory of a process; beyond, calls that wait for clients are ended.", MAX_INT64),
     ] = DEFAULT_MAX_MEMORY_BYTES,
     max_waiting_appends: Annotated[
         int, _limit("max-waiting-appends", "Appends that wait or are being written; one session gets half.")

@@ -151,6 +151,7 @@ async def _next_message(
     silent_at = asyncio.get_running_loop().time() + _SILENCE
     # Not cancelled with this task, but by the end of the call: grpc would keep for ever a message that has just come.
     reading = asyncio.ensure_future(call.read())
+    reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())  # or it is told below
     try:
         async with asyncio.timeout_at(min(silent_at, give_up_at)):
             with rpc_errors(writes=False):

@@ -12,7 +12,7 @@ DEFAULT_MAX_CONNECTIONS = 10_000
 DEFAULT_MAX_FOLLOWERS = 10_000
 """Follows at once in one process."""
 DEFAULT_MAX_MEMORY_BYTES = 1024 * 1024 * 1024
-"""Resident memory of a process, from where on requests that are long in coming are ended."""
+"""Resident memory of a process, from where on calls that wait for their clients are ended."""
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1_000
 

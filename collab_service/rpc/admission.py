@@ -16,8 +16,8 @@ _REQUESTS = 1_024
 _PATIENCE = 10
 """Times what receiving a request has taken of late, after which one that has not come gives up its place to another."""
 _SHORTEST_PATIENCE, _LONGEST_PATIENCE = 0.25, 5.0
-"""Seconds. Whoever begins calls and sends nothing, to keep others out, has to begin 4,096 of them in a second: as many
-as keep this process busy anyway."""
+"""Seconds. Where requests are small, whoever begins calls and sends nothing, to keep others out, has to begin 4,096 of
+them in a second: as many as keep this process busy anyway."""
 _CANCELLATION = 0.1
 """Seconds. Where a call was given up, grpc says first that there is no request, and then cancels its task."""
 

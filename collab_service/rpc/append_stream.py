@@ -106,7 +106,8 @@ class AppendStream:
         self._changed = asyncio.Event()
         self._reader: asyncio.Task[None]
         self._requests: Requests[pb.AppendStreamRequest]
-        self._read_everything = False
+        self._reads_no_more = False
+        self._is_sending = False
         self._end: CollabError | None = None
 
     async def run(self, requests: Requests[pb.AppendStreamRequest]) -> None:
@@ -117,7 +118,7 @@ class AppendStream:
                 server stops. What was not answered may or may not be stored.
         """
         self._requests = requests
-        requests.end = self._end_since_it_waits
+        requests.end, requests.is_busy = self._end_since_it_waits, self._awaits_outcomes
         self._reader = asyncio.create_task(self._read(requests), name="append-stream")
         self._reader.add_done_callback(lambda reader: reader.cancelled() or reader.exception())  # or it is told below
         try:
@@ -140,14 +141,17 @@ class AppendStream:
 
     def stop(self, why: CollabError) -> None:
         """Read nothing more; end with this error when what has been read is answered."""
-        self._end = why
+        self._end = self._end or why
         self._stop_reading()
 
     async def _end_since_it_waits(self) -> None:
         self.stop(Overloaded("this server's memory is full, and streams that wait for requests are ended"))
 
+    def _awaits_outcomes(self) -> bool:
+        return bool(self._on_their_way) and not self._is_sending
+
     def _stop_reading(self) -> None:
-        self._read_everything = True
+        self._reads_no_more = True
         self._changed.set()
         if not self._requests.is_waiting:
             self._reader.cancel()
@@ -155,7 +159,7 @@ class AppendStream:
     async def _read(self, requests: Requests[pb.AppendStreamRequest]) -> None:
         try:
             async for message in requests:
-                if self._read_everything:
+                if self._reads_no_more:
                     return
                 size = message.request.ByteSize()
                 self._held.take(size, alone=not self._on_their_way)
@@ -174,7 +178,7 @@ class AppendStream:
                     self._changed.clear()
                     await self._changed.wait()
         finally:
-            self._read_everything = True
+            self._reads_no_more = True
             self._changed.set()
 
     def _holds_enough(self) -> bool:
@@ -187,18 +191,21 @@ class AppendStream:
     async def _next(self) -> _Entry | None:
         """Return the first request that is not answered, once there is one; None when none will come."""
         while not self._on_their_way:
-            if self._read_everything:
+            if self._reads_no_more:
                 return None
             self._changed.clear()
             await self._changed.wait()
         return self._on_their_way[0]
 
     async def _send(self, answer: pb.AppendStreamResponse) -> None:
+        self._is_sending = True
         try:
             async with asyncio.timeout(_STALLED):
                 await self._write(answer)
         except TimeoutError:
             raise ReaderStalled from None
+        finally:
+            self._is_sending = False
 
 
 def _answer(number: int, decision: Decision) -> pb.AppendStreamResponse:

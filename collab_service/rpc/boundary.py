@@ -20,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
 from collab_service.rpc.admission import Admission
+from collab_service.rpc.answers import Answers
 from collab_service.rpc.line_budget import LineBudget
 from collab_service.rpc.reads import Context, Reads, Requests
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
@@ -75,8 +76,9 @@ class Boundary:
         self._metrics = metrics
         self._admission = Admission(held=_HELD_BYTES, received=_RECEIVED_BYTES)
         self._reads_of_streams = Reads()
-        self.reads = self._admission.reads, self._reads_of_streams
-        """All requests that are being received."""
+        self._answers = Answers()
+        self.bounded = self._admission.reads, self._reads_of_streams, self._answers
+        """What is to be ended where the memory is full."""
         self._calls = _CallsInProgress()
         metrics.watch(lambda: self._calls.count)
         self._refused_lines = LineBudget(_REFUSED_LINES)
@@ -105,6 +107,7 @@ class Boundary:
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Return the handler for one RPC, carried out by `behaviour`."""
         decode = GetMessageClass(method.input_type).FromString
+        encode = GetMessageClass(method.output_type).SerializeToString
         name = method.name
         metrics = self._metrics.of(name)
 
@@ -143,7 +146,11 @@ class Boundary:
             try:
                 answer = await carry_out(context)
                 metrics.answered()
-                return answer
+                if method.server_streaming:
+                    return None
+                encoded = encode(answer)
+                self._answers.sends(context, len(encoded))
+                return encoded
             except grpc.aio.AbortError:
                 raise  # it has failed already
             except (asyncio.CancelledError, grpc.aio.InternalError) as error:
@@ -161,9 +168,8 @@ class Boundary:
                 raise asyncio.CancelledError from error
 
         # To grpc all calls bring streams of requests: what they bring is read here, or not at all.
-        encode = GetMessageClass(method.output_type).SerializeToString
         if not method.server_streaming:
-            return grpc.stream_unary_rpc_method_handler(call, response_serializer=encode)
+            return grpc.stream_unary_rpc_method_handler(call)
         if method.client_streaming:
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=encode)
         return grpc.stream_stream_rpc_method_handler(call)  # it writes bytes

@@ -12,7 +12,7 @@ import grpc
 import structlog
 from msgspec import Struct
 
-from collab_service.rpc.sockets import close_connection
+from collab_service.rpc.sockets import close_connections
 
 _log = structlog.get_logger(__name__)
 
@@ -35,8 +35,11 @@ class _Read(Struct, eq=False):
     """When that began, by the loop's clock."""
     context: Context
     end: End
+    is_busy: Callable[[], bool]
     ending: "asyncio.Task[None] | None" = None
     ending_since: float = 0.0
+    peer: str = ""
+    """The client, once the call is being ended."""
 
 
 class Reads:
@@ -52,26 +55,28 @@ class Reads:
     def __len__(self) -> int:
         return len(self._coming)
 
-    async def read(self, context: Context, end: End) -> bytes | None:
+    async def read(self, context: Context, end: End, is_busy: Callable[[], bool] = bool) -> bytes | None:
         """Return the next request of a call; None when there is none.
 
         Args:
             context: The call's.
             end: Ends the call, when the request is long in coming.
+            is_busy: Tells whether the service has still to do something before the call can end; false by default.
 
         Raises:
-            CallEnded: That was done, and `end` raised nothing.
+            CallEnded: It was ended, and `end` raised nothing.
         """
-        read = _Read(self._loop.time(), context, end)
+        read = _Read(self._loop.time(), context, end, is_busy)
         self._coming[read] = None
         try:
             request = await context.read()
+            if read.ending is not None:
+                del request
+                await read.ending
+                raise CallEnded
         finally:
             self._coming.pop(read, None)
             self._ending.discard(read)
-        if read.ending is not None:
-            await read.ending
-            raise CallEnded
         return None if request is grpc.aio.EOF else bytes(request)
 
     def end_longest(self, before: float) -> bool:
@@ -82,6 +87,7 @@ class Reads:
         del self._coming[read]
         self._ending.add(read)
         read.ending_since = self._loop.time()
+        read.peer = read.context.peer()
         read.ending = asyncio.create_task(read.end(), name="end")
         read.ending.add_done_callback(lambda ending: ending.cancelled() or ending.exception())  # or told to who waits
         return True
@@ -93,9 +99,9 @@ class Reads:
         messages that a client does not take.
         """
         before, count = self._loop.time() - seconds, 0
-        for peer in {read.context.peer() for read in self._ending if read.ending_since < before}:
-            if close_connection(peer):
-                _log.warning("a client does not let its calls end, its connection is closed", peer=peer)
+        stuck = {read.peer for read in self._ending if read.ending_since < before and not read.is_busy()}
+        for peer in close_connections(stuck):
+            _log.warning("a client does not let its calls end, its connection is closed", peer=peer)
         while self.end_longest(before):
             count += 1
         return count
@@ -115,6 +121,8 @@ class Requests(Generic[_Request]):
         """
         self.end = end
         """The same; may be replaced by whoever knows better how to end."""
+        self.is_busy: Callable[[], bool] = bool
+        """Whether the service has still to do something before the call can end; may be replaced."""
         self.is_waiting = False
         """Whether one is being received: whoever waits for it must not be cancelled."""
         self._reads = reads
@@ -127,7 +135,7 @@ class Requests(Generic[_Request]):
     async def __anext__(self) -> _Request:
         self.is_waiting = True
         try:
-            data = await self._reads.read(self._context, self.end)
+            data = await self._reads.read(self._context, self.end, self.is_busy)
         finally:
             self.is_waiting = False
         if data is None:

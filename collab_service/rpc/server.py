@@ -1,6 +1,7 @@
 """The gRPC server: what it listens on, what it offers, and the order in which it stops."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import grpc
@@ -13,9 +14,10 @@ from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
 from collab_service.log.service import LogService
 from collab_service.metrics import ServiceMetrics
+from collab_service.rpc.answers import is_a_fault
 from collab_service.rpc.boundary import Boundary
 from collab_service.rpc.health import HealthMonitor
-from collab_service.rpc.memory import MemoryBound
+from collab_service.rpc.memory_bound import MemoryBound
 from collab_service.rpc.reads import Reads
 from collab_service.rpc.servicer import Servicer
 from collab_service.rpc.standard import standard_handlers
@@ -59,7 +61,7 @@ class Server:
         self._servicer = Servicer(self._service, config.limits, metrics.rpcs)
         self._boundary = Boundary(metrics.rpcs)
         self._standard_reads = Reads()
-        self._memory = MemoryBound(config.max_memory_bytes, (*self._boundary.reads, self._standard_reads))
+        self._memory = MemoryBound(config.max_memory_bytes, (*self._boundary.bounded, self._standard_reads))
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> str:
@@ -68,6 +70,7 @@ class Server:
         Raises:
             AddressError: It cannot be listened on.
         """
+        logging.getLogger("grpc._cython.cygrpc").addFilter(is_a_fault)
         self._grpc = self._make_grpc_server()
         self._service.start()
         await self._health.beat()

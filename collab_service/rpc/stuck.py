@@ -8,7 +8,7 @@ from collections import Counter
 
 import structlog
 
-from collab_service.rpc.sockets import close_connection
+from collab_service.rpc.sockets import close_connections
 
 _log = structlog.get_logger(__name__)
 
@@ -34,5 +34,5 @@ class StuckMessages:
         while self._bytes.total() > _MOST_BYTES:
             peer, stuck = self._bytes.most_common(1)[0]
             del self._bytes[peer]
-            if close_connection(peer):
+            if close_connections([peer]):
                 _log.warning("a client takes nothing, its connection is closed", peer=peer, stuck_bytes=stuck)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from collab_service import memory
 from collab_service.v1 import collab_service_pb2 as pb
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.skipif(not memory.tells_resident_bytes(), reason="the s
 _SERVICE = "/collab_service.v1.CollabService"
 _MOST_MB = 220
 _CALLS, _SIZE = 100, 8_000_000
+_GARBAGE = bytes(_SIZE)
 _ROUND, _PAUSE = 1_000_000, 0.01
 """How fast the attack is, at most: 100 MB/s."""
 _HARMLESS = 30_000_000
@@ -100,13 +103,13 @@ async def test_requests_that_lack_their_end(bounded: ServeProcess, stub: CollabS
     """While there is memory they may take their time; then they are ended, the memory is given back, others append."""
 
     def told() -> int:
-        said = "too much memory is taken, requests that are long in coming are ended"
+        said = "too much memory is taken, calls that wait for their clients are ended"
         return sum(line["calls"] for line in bounded.lines if line["event"] == said)
 
     connections = [await UnfinishedRequests.open(bounded.grpc_address) for _ in range(4)]
     for connection in connections:
         for _ in range(_CALLS // len(connections)):
-            connection.begin(path, _SIZE)
+            connection.begin(path, _GARBAGE)
     told_before = told()
     attack = _Attack(bounded, stub, connections)
     while attack.sent < _HARMLESS:
@@ -127,7 +130,7 @@ async def test_streams_that_cannot_be_ended(bounded: ServeProcess, stub: CollabS
     connections = [await UnfinishedRequests.open(bounded.grpc_address, takes_answers=False) for _ in range(4)]
     for connection in connections:
         for _ in range(_CALLS // len(connections)):
-            connection.begin(f"{_SERVICE}/AppendStream", _SIZE, before=first.SerializeToString())
+            connection.begin(f"{_SERVICE}/AppendStream", _GARBAGE, before=first.SerializeToString())
     attack = _Attack(bounded, stub, connections)
     async with asyncio.timeout(_PATIENCE):
         while attack.unfinished:
@@ -137,23 +140,26 @@ async def test_streams_that_cannot_be_ended(bounded: ServeProcess, stub: CollabS
     await attack.is_over()
 
 
-@pytest.mark.parametrize("method", ["AppendEvent", "AppendStream"])
-async def test_requests_that_are_whole_just_too_late(
-    bounded: ServeProcess, stub: CollabServiceStub, method: str
-) -> None:
-    """What comes of a request when its call is ended already is let go of."""
-    connections = [await UnfinishedRequests.open(bounded.grpc_address) for _ in range(4)]
-    for connection in connections:
-        for _ in range(_CALLS // len(connections)):
-            connection.begin(f"{_SERVICE}/{method}", _SIZE // 2)
+async def test_answers_that_nobody_takes(bounded: ServeProcess, stub: CollabServiceStub) -> None:
+    """Where a client takes none of its answers, which hold the events that it has sent, its connection is closed."""
+    connections = [await UnfinishedRequests.open(bounded.grpc_address, takes_answers=False) for _ in range(4)]
+    event = pb.NewEvent(binary=bytes(500_000))
+    requests = [
+        pb.AppendEventRequest(session_id=new_session(stub), event=event).SerializeToString() for _ in connections
+    ]
     attack = _Attack(bounded, stub, connections)
     async with asyncio.timeout(_PATIENCE):
-        while attack.unfinished == _CALLS:
-            await attack.go_on()
+        while not any(connection.closed.done() for connection in connections):
+            for connection, request in zip(connections, requests, strict=True):
+                for _ in range(4):
+                    connection.begin(f"{_SERVICE}/AppendEvent", request)
+            while attack.unfinished:
+                await attack.go_on()
+                for connection in connections:
+                    connection.finish()
         for connection in connections:
-            connection.finish()
-        while attack.unfinished:
-            await attack.go_on()
+            await connection.closed
+    assert attack.most_mb < 2 * _MOST_MB
     await attack.is_over()
 
 
@@ -172,3 +178,16 @@ async def test_large_requests_of_follows_are_not_kept(bounded: ServeProcess, stu
         for call in follows:
             call.cancel()
     assert [event.server_seq for event in events(stub, session_id)] == list(range(1, 26))
+
+
+async def test_a_watch_that_takes_nothing(bounded: ServeProcess, stub: CollabServiceStub) -> None:
+    """It keeps nobody else from being told of the server's health, nor the server from stopping (see `bounded`)."""
+    connection = await UnfinishedRequests.open(bounded.grpc_address, takes_answers=False)
+    for _ in range(3):
+        connection.begin("/grpc.health.v1.Health/Watch", HealthCheckRequest().SerializeToString() + b"\x12\0")
+    connection.finish()
+    with grpc.insecure_channel(bounded.grpc_address) as channel:
+        watch = HealthStub(channel).Watch(HealthCheckRequest(), timeout=_PATIENCE)
+        assert next(watch).status == HealthCheckResponse.SERVING
+        assert bounded.stop() == 0
+        assert next(watch).status == HealthCheckResponse.NOT_SERVING
