@@ -1,7 +1,6 @@
 """Reading and following across cuts: each event once, in order, however often and wherever the connection is lost."""
 
 import asyncio
-import gc
 import itertools
 import math
 import os
@@ -424,7 +423,6 @@ async def test_leaving_at_the_moment_that_a_message_comes(client: CollabClient, 
             await asyncio.wait((waiting,))
 
     def resident_bytes() -> int:
-        gc.collect()
         memory.give_back()
         return memory.resident_bytes()
 

@@ -1,7 +1,6 @@
 """Requests that are long in coming: how their calls end, and what is left of them."""
 
 import asyncio
-import gc
 import time
 
 import grpc
@@ -52,7 +51,6 @@ async def test_a_request_that_is_whole_just_as_its_call_is_ended() -> None:
         connection.transport.abort()
 
     def resident_bytes() -> int:
-        gc.collect()
         memory.give_back()
         return memory.resident_bytes()
 
