@@ -4,6 +4,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, Self
 
 import psycopg
@@ -62,11 +63,12 @@ class ResettingProxy:
         await self._loop.sock_connect(self._server, path)
         requests = asyncio.create_task(self._pass_requests(client), name="resetting-proxy-requests")
         kept = b""
-        while data := await self._loop.sock_recv(self._server, 65_536):
-            if self._keeping_back:
-                kept += data
-            else:
-                await self._loop.sock_sendall(client, data)
+        with suppress(ConnectionError):  # the server has ended before it has read everything
+            while data := await self._loop.sock_recv(self._server, 65_536):
+                if self._keeping_back:
+                    kept += data
+                else:
+                    await self._loop.sock_sendall(client, data)
         requests.cancel()
         await asyncio.gather(requests, return_exceptions=True)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -75,8 +77,9 @@ class ResettingProxy:
         self.has_reset.set()
 
     async def _pass_requests(self, client: socket.socket) -> None:
-        while data := await self._loop.sock_recv(client, 65_536):
-            await self._loop.sock_sendall(self._server, data)
+        with suppress(ConnectionError):
+            while data := await self._loop.sock_recv(client, 65_536):
+                await self._loop.sock_sendall(self._server, data)
 
 
 @pytest.mark.parametrize("idle", [True, False], ids=["idle", "waiting"])
