@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from collab_service import memory
+
 
 def resident_kilobytes(pid: int) -> int:
     """Return a process's resident memory, from /proc."""
@@ -11,6 +13,12 @@ def resident_kilobytes(pid: int) -> int:
 def most_resident_kilobytes(pid: int) -> int:
     """Return the most that a process's resident memory has been."""
     return _kilobytes(pid, "VmHWM:")
+
+
+def used_bytes() -> int:
+    """Return this process's resident memory, without what is free."""
+    memory.give_back()
+    return memory.resident_bytes()
 
 
 def _kilobytes(pid: int, name: str) -> int:

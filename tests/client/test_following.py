@@ -30,7 +30,7 @@ from collab_service.v1 import collab_service_pb2 as pb
 from collab_service.v1.collab_service_pb2_grpc import CollabServiceStub
 from tests.client.answering import AnsweringService, Refusal
 from tests.client.calls import ONCE, QUICK, failure, serving
-from tests.memory import resident_kilobytes
+from tests.memory import resident_kilobytes, used_bytes
 from tests.processes import ServeProcess
 from tests.rpc.calls import append, events
 from tests.tcp import TcpProxy
@@ -422,15 +422,11 @@ async def test_leaving_at_the_moment_that_a_message_comes(client: CollabClient, 
             waiting.cancel()
             await asyncio.wait((waiting,))
 
-    def resident_bytes() -> int:
-        memory.give_back()
-        return memory.resident_bytes()
-
     await leave()
-    before = resident_bytes()
+    before = used_bytes()
     for _ in range(40):
         await leave()
-    assert resident_bytes() - before < 15_000_000
+    assert used_bytes() - before < 15_000_000
 
 
 @pytest.mark.long

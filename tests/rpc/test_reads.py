@@ -9,6 +9,7 @@ import pytest
 from collab_service import memory
 from collab_service.rpc.reads import Context, Reads
 from tests.http2 import UnfinishedRequests
+from tests.memory import used_bytes
 from tests.waiting import until
 
 _SIZE = 1_000_000
@@ -50,14 +51,10 @@ async def test_a_request_that_is_whole_just_as_its_call_is_ended() -> None:
         await until(is_ended, "the end of the call")
         connection.transport.abort()
 
-    def resident_bytes() -> int:
-        memory.give_back()
-        return memory.resident_bytes()
-
     await end_one()
-    before = resident_bytes()
+    before = used_bytes()
     for _ in range(12):
         await end_one()
     assert len(reads) == 0
-    assert resident_bytes() - before < 6 * _SIZE
+    assert used_bytes() - before < 6 * _SIZE
     await server.stop(0)
