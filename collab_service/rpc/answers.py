@@ -24,21 +24,21 @@ class Answers:
     """The large answers of calls that have but one."""
 
     def __init__(self) -> None:
-        self._sending: dict[Context, float] = {}
-        """Since when, by the loop's clock."""
+        self._sending: dict[Context, tuple[float, str]] = {}
+        """Since when, by the loop's clock, and to which client: of a call that is over, grpc must not be asked."""
         self._loop = asyncio.get_running_loop()
 
     def sends(self, context: Context, size: int) -> None:
         """Take note that an answer of so many bytes is about to be sent."""
         if size >= _LARGE:
-            self._sending[context] = self._loop.time()
+            self._sending[context] = self._loop.time(), context.peer()
             context.add_done_callback(cast(Any, self._sent))
 
     def end_slow(self, seconds: float) -> int:
         """Close the connections on which an answer was not taken for so many seconds, and return how many answers."""
         before = self._loop.time() - seconds
-        slow = [context for context, since in self._sending.items() if since < before]
-        for peer in close_connections({context.peer() for context in slow}):
+        slow = [peer for since, peer in self._sending.values() if since < before]
+        for peer in close_connections(set(slow)):
             _log.warning("a client does not take its answers, its connection is closed", peer=peer)
         return len(slow)
 
