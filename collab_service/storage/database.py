@@ -41,12 +41,16 @@ _LIVENESS: dict[str, Any] = {
 # What the service relies on, whatever the server's or the role's defaults are. An acknowledgement promises a flush, so
 # `off` and `local` become `on`; stronger settings (`remote_apply`) stay. Appending reads the head in a statement after
 # the one that took the lock and needs a new snapshot there, so the isolation level must be READ COMMITTED.
+# Everything is looked up by index. Plans are kept, and where the tables were empty when they were last looked at, they
+# would have been scans, for as long as it takes until they are looked at again.
 _SET_UP_SESSION = """
 SELECT set_config('TimeZone', 'UTC', false),
        set_config('default_transaction_isolation', 'read committed', false),
        set_config('statement_timeout', '30s', false),
        set_config('lock_timeout', '10s', false),
        set_config('idle_in_transaction_session_timeout', '30s', false),
+       set_config('enable_seqscan', 'off', false),
+       set_config('enable_bitmapscan', 'off', false),
        set_config('synchronous_commit',
                   CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
                        ELSE current_setting('synchronous_commit') END, false)
