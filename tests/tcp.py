@@ -131,11 +131,11 @@ class TcpProxy:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            to_server.close()  # before anything is waited for, since the end of the proxy may come meanwhile
+            self._connections.discard(pair)
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            self._connections.discard(pair)
-            to_server.close()
 
     async def _pass_requests(self, client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
         to_server.write(await client.readexactly(len(PREFACE)))
