@@ -9,8 +9,8 @@ from typing import Self
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-COMMITTED = b"C\0\0\0\x0bCOMMIT\0"
-"""The server's message that a COMMIT was carried out."""
+COMMITTED = b"n\0\0\0\x04C\0\0\0\x0bCOMMIT\0"
+"""The server's message that an append's COMMIT was carried out: others' are no prepared statements and have no `n`."""
 INSERTING = b"\0insert\0"
 """Part of the client's message that binds the insert of events."""
 INSERTING_BEHIND_HEADS = b"\0insert_behind_heads\0"
