@@ -4,6 +4,8 @@ BIN := .venv/bin
 OUT ?= .
 PROTOS := $(wildcard protos/collab_service/v1/*.proto)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Where Python keeps no bytecode, every process compiles everything again; the tests start hundreds.
+export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-long torture check format bench bench-large generate lock
 
@@ -23,7 +25,6 @@ run: install ## Start the service with a PostgreSQL of its own (more: collab ser
 	$(BIN)/collab serve
 
 test: install ## Run the tests, on several cores (under five minutes)
-	@$(BIN)/python -m compileall -q collab_service tests # once, where Python keeps no bytecode of its own accord
 	$(BIN)/python -m pytest -m "not long" -n 4 --dist loadfile
 
 test-long: install ## Run what takes longer: whole traces, a million events, the built wheel

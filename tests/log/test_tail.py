@@ -268,6 +268,26 @@ async def test_what_is_to_be_had_is_kept() -> None:
     assert numbers_after(tail, 2) is None
 
 
+async def test_what_is_to_be_had_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it takes long until everybody has had a turn, four times the usual is kept, and then no more."""
+    monkeypatch.setattr("collab_service.log.tail._REST", 1e9)
+    monkeypatch.setattr("collab_service.log.tail._LONGEST_REST", 0.02)
+    tail = Tail(1, 40_000, unseen().follows)
+    tail.followers = 1
+    tail.learn(0)
+    followers = [asyncio.create_task(tail.turn(0, 60)) for _ in range(600)]  # of whom 32 have their turn together
+    await asyncio.sleep(0)
+    counts = []
+    for n in range(1, 18):
+        tail.feed(events(n, n, "x" * 10_000), n)
+        await until_handed_out(tail, n)
+        kept = [position for position in range(n) if numbers_after(tail, position) is not None]
+        assert kept == list(range(kept[0], n))
+        counts.append(len(kept))
+    assert 6 <= max(counts) <= 8
+    await asyncio.gather(*followers)  # nobody waits for a turn to get what is gone
+
+
 async def test_the_end_while_waiting_for_a_turn(tail: Tail) -> None:
     """The end is told at once to those, too, whose turn would be later; and who leaves before it is not kept."""
 
