@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from enum import StrEnum
 
 import structlog
@@ -50,3 +51,26 @@ def configure_logs(log_format: LogFormat, level: str = "info") -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("collab_service").setLevel(level.upper())
+
+
+class LineBudget:
+    """Bounds the lines that tell of what may happen by the thousand; each tells how many it stands for."""
+
+    def __init__(self, lines: int) -> None:
+        """Let at most so many lines a second through."""
+        self._lines = lines
+        self._left = lines
+        self._second = 0
+        self._untold = 0
+
+    def take(self) -> int:
+        """Count one more; return how many the line to be written tells of, or 0 when none is to be written now."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._left = second, self._lines
+        self._untold += 1
+        if not self._left:
+            return 0
+        self._left -= 1
+        untold, self._untold = self._untold, 0
+        return untold

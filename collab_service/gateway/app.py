@@ -36,6 +36,7 @@ from collab_service.gateway.operations import OPERATIONS
 from collab_service.gateway.pages import page_routes
 from collab_service.gateway.requests import id_of, query_of
 from collab_service.gateway.streams import CutOff, Followers
+from collab_service.logs import LineBudget
 
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +45,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _REFUSES_GZIP = re.compile(rb"gzip\s*;\s*q=0(?:\.0*)?\s*(?:,|$)")
 _READY_TIMEOUT = 2.0
 """Seconds for the service to say that it is well."""
+_failed_lines = LineBudget(100)
+"""Lines of the log in a second, at most, that tell of requests that have failed."""
 
 
 class Metrics(Protocol):
@@ -287,5 +290,6 @@ def _log_of(scope: Scope) -> structlog.typing.FilteringBoundLogger:
 
 
 def _logged(request: Request, code: str, response: Response) -> Response:
-    _log_of(request.scope).info("request failed", status=response.status_code, code=code)
+    if requests := _failed_lines.take():
+        _log_of(request.scope).info("request failed", status=response.status_code, code=code, requests=requests)
     return response

@@ -17,11 +17,11 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from collab_service.logs import LineBudget
 from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
 from collab_service.rpc.admission import Admission
 from collab_service.rpc.answers import Answers
-from collab_service.rpc.line_budget import LineBudget
 from collab_service.rpc.reads import Context, Reads, Requests
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
 from collab_service.storage.driver_errors import cause_of
@@ -38,9 +38,9 @@ most."""
 _RECEIVED_BYTES = 64 * 1024 * 1024
 """Bytes of requests that may be received at once, as far as can be told before they have come."""
 
-_REFUSED_LINES, _CANCELLED_LINES = 1, 20
-"""Lines of the log in a second, at most, that tell of calls refused as too many, and of calls that were given up: under
-a flood they come by the thousand."""
+_REFUSED_LINES, _CANCELLED_LINES, _FAILED_LINES, _FAULT_LINES = 1, 20, 100, 20
+"""Lines of the log in a second, at most, that tell of calls refused as too many, of calls that were given up, of those
+that have failed otherwise, and of faults of our own: under a flood they come by the thousand."""
 
 
 class _CallsInProgress:
@@ -83,6 +83,8 @@ class Boundary:
         metrics.watch(lambda: self._calls.count)
         self._refused_lines = LineBudget(_REFUSED_LINES)
         self._cancelled_lines = LineBudget(_CANCELLED_LINES)
+        self._failed_lines = LineBudget(_FAILED_LINES)
+        self._fault_lines = LineBudget(_FAULT_LINES)
 
     def handlers(
         self, service: ServiceDescriptor, servicer: object, *, looks: Mapping[str, Callable[[bytes], None]]
@@ -180,19 +182,20 @@ class Boundary:
 
     def _failure(self, method: str, request_id: str, error: Exception) -> Failure:
         """Log what has gone wrong, and return what to answer."""
-        log = _log
-        if isinstance(error, Overloaded):
-            calls = self._refused_lines.take()
-            if not calls:
-                return failure_of(error)
-            log = log.bind(calls=calls)
-        log = log.bind(method=method, request_id=request_id)
         if isinstance(error, CollabError):
             failure = failure_of(error)
-            log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause_of(error))
+            lines = self._refused_lines if isinstance(error, Overloaded) else self._failed_lines
         else:
             failure = internal_failure(request_id)
-            log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
+            lines = self._fault_lines
+        if calls := lines.take():
+            log = _log.bind(
+                method=method, request_id=request_id, calls=calls, code=failure.code.name, reason=failure.reason
+            )
+            if isinstance(error, CollabError):
+                log.info("call failed", cause=cause_of(error))
+            else:
+                log.error("call failed", exc_info=error)
         return failure
 
 

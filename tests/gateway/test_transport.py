@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import re
+import time
 
 import httpx
 import pytest
@@ -156,6 +157,22 @@ def test_a_request_keeps_its_name(server: ServeProcess, gateway: GatewayProcess,
             assert (line["code"], line["method"]) == ("SESSION_NOT_FOUND", "GET")
             assert line["path"] == "/api/collab/sessions/999999999999"
             server.wait_for("call failed", request_id=name, method="GetSession", reason="SESSION_NOT_FOUND")
+
+
+def test_requests_that_fail_by_the_thousand(server: ServeProcess, http: httpx.Client) -> None:
+    """They do not flood the log: 100 lines a second tell of them, and say how many there were."""
+    seen = len(server.lines)
+    started = time.monotonic()
+    for _ in range(1_000):
+        refused(http.get("/api/collab/sessions/0"), 400, "INVALID_REQUEST")
+
+    def lines() -> list[int]:
+        return [line["requests"] for line in server.lines[seen:] if line.get("event") == "request failed"]
+
+    while sum(lines()) < 1_000:
+        refused(http.get("/api/collab/sessions/0"), 400, "INVALID_REQUEST")
+        assert time.monotonic() - started < TIMEOUT
+    assert len(lines()) <= 100 * (time.monotonic() - started + 2)
 
 
 @pytest.mark.parametrize("name", [b"", b"a b", b"x" * 129, "é".encode(), b"a\tb"])

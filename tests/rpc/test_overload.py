@@ -211,6 +211,31 @@ async def test_calls_that_are_given_up_by_the_hundred(
             assert len(lines()) <= 20 * (time.monotonic() - started + 2)
 
 
+async def test_calls_that_fail_by_the_thousand(server: ServeProcess) -> None:
+    """They do not flood the log either, where 100 lines a second tell of them."""
+    request = pb.GetSessionRequest(session_id=2**62)
+    seen = len(server.lines)
+
+    def lines() -> list[int]:
+        return [line["calls"] for line in server.lines[seen:] if line.get("event") == "call failed"]
+
+    async with _channel(server.grpc_address) as channel:
+        get = CollabServiceStub(channel).GetSession
+
+        async def fail(count: int) -> None:
+            calls = [get(request) for _ in range(count)]
+            assert {await call.code() for call in calls} == {grpc.StatusCode.NOT_FOUND}
+
+        async def all_are_told_of() -> bool:
+            await fail(1)
+            return sum(lines()) >= 1_000
+
+        started = time.monotonic()
+        await fail(1_000)
+        await until(all_are_told_of, "lines")
+        assert len(lines()) <= 100 * (time.monotonic() - started + 2)
+
+
 async def test_sessions_that_are_stuck_with_large_appends(
     server: ServeProcess, stub: CollabServiceStub, server_database_url: str
 ) -> None:
