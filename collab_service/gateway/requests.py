@@ -33,6 +33,7 @@ _MOST_EVENTS = 20_000
 would keep this process busy for half a minute only to be refused."""
 _MUST_BE_UTF8 = "must be UTF-8, percent-encoded"
 _HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+_BASE64 = ("payloadBase64", "signature")
 _WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
@@ -250,6 +251,10 @@ def events_of(forms: list[E], key: str | None, *, in_batch: bool) -> list[NewEve
             )
         )
     if problems:
+        for index, form in enumerate(forms):
+            for name, field in fields_of(type(form)).items():
+                if name not in _BASE64 and (problem := _content_problem(name, getattr(form, field.name))):
+                    problems.append(Detail((f"[{index}]." if in_batch else "") + name, problem))
         raise invalid(problems)
     return events
 
@@ -295,8 +300,18 @@ def _decode(body: bytes, kind: Any) -> Any:
         raise _malformed("it is nested too deep") from error
 
 
-def _problems(body: bytes, form: type[Struct], path: str) -> Iterator[Detail]:
-    """Yield everything that keeps an object from being a form; raises `RequestError` when it is not even JSON."""
+def _problems(body: bytes, form: type[Struct], path: str) -> list[Detail]:
+    """Return everything that keeps an object from being a form; raises `RequestError` when it is not even JSON."""
+    problems = list(_problems_of_fields(body, form, path))
+    if not problems:
+        try:
+            _decode(body, form)
+        except msgspec.ValidationError:  # the last one of that name is right
+            problems.append(Detail(path.removesuffix(".") or "body", "must not have a field twice"))
+    return problems
+
+
+def _problems_of_fields(body: bytes, form: type[Struct], path: str) -> Iterator[Detail]:
     try:
         values: Mapping[str, Raw] = _decode(body, dict[str, Raw])
     except msgspec.ValidationError:
@@ -312,17 +327,21 @@ def _problems(body: bytes, form: type[Struct], path: str) -> Iterator[Detail]:
         except (msgspec.ValidationError, RequestError):
             yield _wrong(name, path)
             continue
-        # What the service would tell of, had it been asked.
-        if isinstance(decoded, str) and "\0" in decoded:
-            yield Detail(path + name, "must not hold a NUL character")
-        elif isinstance(decoded, str) and name in ("payloadBase64", "signature"):
+        if isinstance(decoded, str) and name in _BASE64:
             problems: list[Detail] = []
             _bytes(decoded, path + name, problems)
             yield from problems
-        elif name == "payload" and decoded != ABSENT and (problem := json_object_problem(bytes(decoded).decode())):
+        elif problem := _content_problem(name, decoded):
             yield Detail(path + name, problem)
     for name in _missing(fields, values):
         yield Detail(path + name, "must be given")
+
+
+def _content_problem(name: str, value: Any) -> str | None:
+    """Return what the service would tell of a value of its type, had it been asked."""
+    if isinstance(value, str) and "\0" in value:
+        return "must not hold a NUL character"
+    return json_object_problem(bytes(value).decode()) if name == "payload" and value != ABSENT else None
 
 
 def _missing(fields: Mapping[str, msgspec.structs.FieldInfo], values: Mapping[str, Any]) -> list[str]:

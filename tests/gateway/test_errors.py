@@ -79,6 +79,31 @@ def test_a_bad_field(http: httpx.Client, session_id: int, field: str, value: str
     assert what in problems[field[:100]]
 
 
+@pytest.mark.parametrize(
+    "members", ['"clientSeq":-1,"clientSeq":2', '"actorId":1,"actorId":"ada"', '"type":"","type":null']
+)
+def test_a_bad_field_before_a_good_one(http: httpx.Client, session_id: int, members: str) -> None:
+    """Where a name stands twice and the last value is right, the other one is refused all the same."""
+    with nothing_stored(http, session_id):
+        answer = post(http, f'{{"sessionId":{session_id},{members}}}')
+        assert refused(answer, 400, "INVALID_REQUEST") == {"body": "must not have a field twice"}
+        answer = post(http, f"[{{}},{{{members}}}]", f"/api/collab/sessions/{session_id}/events")
+        assert refused(answer, 400, "INVALID_REQUEST") == {"[1]": "must not have a field twice"}
+
+
+@pytest.mark.parametrize("bad", ['"signature":"!"', '"payload":{},"payloadBase64":"AA=="', '"actorId":1'])
+def test_bad_fields_of_different_kinds(http: httpx.Client, session_id: int, bad: str) -> None:
+    """All are named, also those that only the service would have told of."""
+    with nothing_stored(http, session_id):
+        other = '"hash":"\\u0000"' if "payload" in bad else '"hash":"\\u0000","payload":[]'
+        named = {"hash"} if "payload" in bad else {"hash", "payload"}
+        one = refused(post(http, f'{{"sessionId":{session_id},{bad},{other}}}'), 400, "INVALID_REQUEST")
+        assert len(one) == 1 + len(named) and named < one.keys()
+        answer = post(http, f"[{{{other}}},{{{bad}}}]", f"/api/collab/sessions/{session_id}/events")
+        batch = refused(answer, 400, "INVALID_REQUEST")
+        assert len(batch) == 1 + len(named) and {f"[0].{name}" for name in named} < batch.keys()
+
+
 @pytest.mark.parametrize("name", ["session_id", "client_seq", "server_seq"])
 def test_names_are_those_of_the_contract(http: httpx.Client, session_id: int, name: str) -> None:
     """Names as protobuf has them are unknown here, and the right ones are told."""
