@@ -38,6 +38,11 @@ sessions = Table(
     UniqueConstraint("room", name="collab_sessions_room_key"),
 )
 
+IS_LIVE = "coalesce(deleted_at, 'infinity') = 'infinity'"
+"""Whether a session that is looked up by its id was not deleted. In `deleted_at IS NULL` PostgreSQL would recognise the
+condition of the indexes below, which hold the id as well, though last; and while it knows nothing of the table it reads
+the whole of one of them, rather than look into the primary key."""
+
 _live = sessions.c.deleted_at.is_(None)
 Index(
     "collab_sessions_last_active_idx",

@@ -26,6 +26,7 @@ from collab_service.storage.binary import (
 from collab_service.storage.pipeline import Command, PipelineConnection, Statement
 from collab_service.storage.repository.rows import CONTENT_COLUMNS, EVENT_COLUMNS, event_from_row
 from collab_service.storage.repository.wire import envelope, sql_with_id
+from collab_service.storage.tables import IS_LIVE
 
 BEGIN = Command(Statement(b"begin", b"BEGIN"))
 COMMIT = Command(Statement(b"commit", b"COMMIT"))
@@ -46,7 +47,7 @@ SET_UP_CONNECTION = Command(
 
 _SET_LOCK_TIMEOUT = Statement(b"set_lock_timeout", b"SELECT set_config('lock_timeout', $1, true)", (TEXT,))
 
-_LOCK_SQL = b"SELECT id FROM collab_sessions WHERE id = ANY($1) AND deleted_at IS NULL ORDER BY id FOR UPDATE"
+_LOCK_SQL = f"SELECT id FROM collab_sessions WHERE id = ANY($1) AND {IS_LIVE} ORDER BY id FOR UPDATE".encode()
 _LOCK_WAITING = Statement(b"lock_waiting", _LOCK_SQL, (INT8_ARRAY,))
 _LOCK_FREE = Statement(b"lock_free", _LOCK_SQL + b" SKIP LOCKED", (INT8_ARRAY,))
 
@@ -57,15 +58,15 @@ _LOCK_FREE = Statement(b"lock_free", _LOCK_SQL + b" SKIP LOCKED", (INT8_ARRAY,))
 # The last event is the head. A session that exists but was not locked is held by somebody else.
 _HEADS = Statement(
     b"heads",
-    b"""
+    f"""
     SELECT s.id, head.server_seq, head.created_at, head.chain_hash
     FROM unnest($1) AS given (id)
-    CROSS JOIN LATERAL (SELECT id FROM collab_sessions WHERE id = given.id AND deleted_at IS NULL OFFSET 0) AS s
+    CROSS JOIN LATERAL (SELECT id FROM collab_sessions WHERE id = given.id AND {IS_LIVE} OFFSET 0) AS s
     LEFT JOIN LATERAL (
         SELECT server_seq, created_at, chain_hash FROM collab_events
         WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1
     ) AS head ON true
-    """,
+    """.encode(),
     (INT8_ARRAY,),
 )
 
@@ -133,7 +134,7 @@ _INSERT_BEHIND_HEADS = Statement(
     b"insert_behind_heads",
     f"""
     WITH locked AS MATERIALIZED (
-        SELECT id FROM collab_sessions WHERE id = ANY({_MORE[0]}) AND deleted_at IS NULL FOR UPDATE SKIP LOCKED
+        SELECT id FROM collab_sessions WHERE id = ANY({_MORE[0]}) AND {IS_LIVE} FOR UPDATE SKIP LOCKED
     ), inserted AS (
         INSERT INTO collab_events ({_COLUMN_NAMES}, id)
         SELECT {_WITH_ID}, id
@@ -161,18 +162,18 @@ _INSERT_BEHIND_HEADS = Statement(
 # nothing either: it waits for no lock, and moves no time beyond the last event's.
 _TOUCH = Statement(
     b"touch",
-    b"""
+    f"""
     UPDATE collab_sessions s SET last_active = given.at
     FROM unnest($1, $2) AS given (id, at)
     WHERE s.id = given.id AND s.last_active < given.at
       AND s.id IN (
-          SELECT id FROM collab_sessions WHERE id = ANY($1) AND deleted_at IS NULL FOR UPDATE SKIP LOCKED
+          SELECT id FROM collab_sessions WHERE id = ANY($1) AND {IS_LIVE} FOR UPDATE SKIP LOCKED
       )
       AND given.at <= (
           SELECT e.created_at FROM collab_events e
           WHERE e.session_id = given.id ORDER BY e.server_seq DESC LIMIT 1
       )
-    """,
+    """.encode(),
     (INT8_ARRAY, TIMESTAMPTZ_ARRAY),
 )
 

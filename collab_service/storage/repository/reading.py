@@ -10,11 +10,12 @@ from collab_service.model import Event
 from collab_service.storage.database import DriverConnection
 from collab_service.storage.repository.rows import EVENT_COLUMNS, event_from_row
 from collab_service.storage.repository.wire import message
+from collab_service.storage.tables import IS_LIVE
 
-_HEADS = """
+_HEADS = f"""
 SELECT s.id,
     coalesce((SELECT server_seq FROM collab_events WHERE session_id = s.id ORDER BY server_seq DESC LIMIT 1), 0)
-FROM collab_sessions s WHERE s.id = ANY(%s) AND s.deleted_at IS NULL
+FROM collab_sessions s WHERE s.id = ANY(%s) AND {IS_LIVE}
 """
 
 _SIZE = "coalesce(octet_length(payload_json), octet_length(payload_binary))"
@@ -24,10 +25,10 @@ _PAYLOAD = "coalesce(convert_to(payload_json, 'UTF8'), payload_binary)"
 # payload is read for them. Only where they are too much in all are they summed up one by one. The first event comes
 # whatever its size. Whether the session still exists is part of the same statement and so of the same snapshot: a page
 # never shows a session half removed.
-_BOUNDED = """
+_BOUNDED = f"""
     FROM collab_events
-    WHERE session_id = %(session_id)s AND server_seq > %(after)s AND server_seq <= %(through)s {types}
-      AND EXISTS (SELECT 1 FROM collab_sessions WHERE id = %(session_id)s AND deleted_at IS NULL)
+    WHERE session_id = %(session_id)s AND server_seq > %(after)s AND server_seq <= %(through)s {{types}}
+      AND EXISTS (SELECT 1 FROM collab_sessions WHERE id = %(session_id)s AND {IS_LIVE})
     ORDER BY server_seq
 """
 _PAGE = f"""

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from collab_service.model import ListPosition, Session
 from collab_service.model.chain import chain_start
-from collab_service.storage.tables import events, sessions
+from collab_service.storage.tables import IS_LIVE, events, sessions
 from collab_service.storage.times import Microseconds
 
 _head = (
@@ -19,21 +19,18 @@ _head = (
     .limit(1)
     .lateral("head")
 )
-_select_sessions = (
-    select(
-        sessions.c.id,
-        sessions.c.language_id,
-        sessions.c.owner_id,
-        sessions.c.room,
-        sessions.c.created_at,
-        sessions.c.last_active,
-        _head.c.server_seq.label("head_seq"),
-        _head.c.created_at.label("head_time"),
-        _head.c.chain_hash.label("head_chain"),
-    )
-    .select_from(sessions.outerjoin(_head, true()))
-    .where(sessions.c.deleted_at.is_(None))
-)
+_select_sessions = select(
+    sessions.c.id,
+    sessions.c.language_id,
+    sessions.c.owner_id,
+    sessions.c.room,
+    sessions.c.created_at,
+    sessions.c.last_active,
+    _head.c.server_seq.label("head_seq"),
+    _head.c.created_at.label("head_time"),
+    _head.c.chain_hash.label("head_chain"),
+).select_from(sessions.outerjoin(_head, true()))
+_is_live = text(IS_LIVE)
 
 
 def _session(row: Row[*tuple[Any, ...]]) -> Session:
@@ -67,13 +64,13 @@ async def create_session(
 
 async def get_session(connection: AsyncConnection, session_id: int) -> Session | None:
     """Return a session by its id."""
-    row = (await connection.execute(_select_sessions.where(sessions.c.id == session_id))).one_or_none()
+    row = (await connection.execute(_select_sessions.where(sessions.c.id == session_id, _is_live))).one_or_none()
     return row and _session(row)
 
 
 async def get_session_by_room(connection: AsyncConnection, room: str) -> Session | None:
     """Return a session by its room."""
-    row = (await connection.execute(_select_sessions.where(sessions.c.room == room))).one_or_none()
+    row = (await connection.execute(_select_sessions.where(sessions.c.room == room, _is_live))).one_or_none()
     return row and _session(row)
 
 
@@ -89,7 +86,11 @@ async def list_sessions(
 
     The order is that of the stored time, which is indexed.
     """
-    statement = _select_sessions.order_by(sessions.c.last_active.desc(), sessions.c.id.desc()).limit(count)
+    statement = (
+        _select_sessions.where(sessions.c.deleted_at.is_(None))
+        .order_by(sessions.c.last_active.desc(), sessions.c.id.desc())
+        .limit(count)
+    )
     if language_id is not None:
         statement = statement.where(sessions.c.language_id == language_id)
     if owner_id is not None:
@@ -127,7 +128,7 @@ async def record_activity(connection: AsyncConnection, times: Mapping[int, int],
     await connection.execute(
         update(sessions)
         .values(last_active=given.c.at)
-        .where(sessions.c.id == given.c.id, sessions.c.last_active < given.c.at)
+        .where(_are_there(ids), sessions.c.id == given.c.id, sessions.c.last_active < given.c.at)
     )
     left_out = list(times.keys() - ids)
     if wait or not left_out:
@@ -143,7 +144,7 @@ async def _lock_sessions(connection: AsyncConnection, ids: Sequence[int], *, wai
 
 
 def _are_there(ids: Sequence[int]) -> ColumnElement[bool]:
-    return and_(sessions.c.id == func.any(literal(list(ids), ARRAY(BigInteger))), sessions.c.deleted_at.is_(None))
+    return and_(sessions.c.id == func.any(literal(list(ids), ARRAY(BigInteger))), _is_live)
 
 
 async def mark_deleted(connection: AsyncConnection, session_id: int, now: int) -> bool:
@@ -151,11 +152,7 @@ async def mark_deleted(connection: AsyncConnection, session_id: int, now: int) -
 
     Waits for an append that holds the session; those that come later no longer find it. False when there is none.
     """
-    statement = (
-        update(sessions)
-        .values(deleted_at=now, room=None)
-        .where(sessions.c.id == session_id, sessions.c.deleted_at.is_(None))
-    )
+    statement = update(sessions).values(deleted_at=now, room=None).where(sessions.c.id == session_id, _is_live)
     return (await connection.execute(statement)).rowcount > 0
 
 
