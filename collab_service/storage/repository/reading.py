@@ -34,7 +34,7 @@ _BOUNDED = f"""
 _PAGE = f"""
 WITH sizes AS MATERIALIZED (SELECT server_seq, {_SIZE} AS size {_BOUNDED} LIMIT %(count)s)
 SELECT {{columns}} {_BOUNDED} LIMIT (
-    SELECT CASE WHEN sum(size) <= %(max_bytes)s THEN count(*) ELSE (
+    SELECT CASE WHEN coalesce(sum(size), 0) <= %(max_bytes)s THEN count(*) ELSE (
         SELECT greatest(1, count(*) FILTER (WHERE total <= %(max_bytes)s))
         FROM (SELECT sum(size) OVER (ORDER BY server_seq) AS total FROM sizes) AS summed
     ) END
