@@ -38,9 +38,10 @@ most."""
 _RECEIVED_BYTES = 64 * 1024 * 1024
 """Bytes of requests that may be received at once, as far as can be told before they have come."""
 
-_REFUSED_LINES, _CANCELLED_LINES, _FAILED_LINES, _FAULT_LINES = 1, 20, 100, 20
-"""Lines of the log in a second, at most, that tell of calls refused as too many, of calls that were given up, of those
-that have failed otherwise, and of faults of our own: under a flood they come by the thousand."""
+_REFUSED_LINES, _CANCELLED_LINES, _FAILED_LINES = 1, 20, 100
+"""Lines of the log in a second, at most, that tell of calls refused as too many, of calls that were given up, and of
+those that have failed otherwise: under a flood they come by the thousand. A fault of our own always has its line, which
+its caller was told of."""
 
 
 class _CallsInProgress:
@@ -84,7 +85,6 @@ class Boundary:
         self._refused_lines = LineBudget(_REFUSED_LINES)
         self._cancelled_lines = LineBudget(_CANCELLED_LINES)
         self._failed_lines = LineBudget(_FAILED_LINES)
-        self._fault_lines = LineBudget(_FAULT_LINES)
 
     def handlers(
         self, service: ServiceDescriptor, servicer: object, *, looks: Mapping[str, Callable[[bytes], None]]
@@ -182,20 +182,16 @@ class Boundary:
 
     def _failure(self, method: str, request_id: str, error: Exception) -> Failure:
         """Log what has gone wrong, and return what to answer."""
-        if isinstance(error, CollabError):
-            failure = failure_of(error)
-            lines = self._refused_lines if isinstance(error, Overloaded) else self._failed_lines
-        else:
+        log = _log.bind(method=method, request_id=request_id)
+        if not isinstance(error, CollabError):
             failure = internal_failure(request_id)
-            lines = self._fault_lines
+            log.error("call failed", code=failure.code.name, reason=failure.reason, exc_info=error)
+            return failure
+        failure = failure_of(error)
+        lines = self._refused_lines if isinstance(error, Overloaded) else self._failed_lines
         if calls := lines.take():
-            log = _log.bind(
-                method=method, request_id=request_id, calls=calls, code=failure.code.name, reason=failure.reason
-            )
-            if isinstance(error, CollabError):
-                log.info("call failed", cause=cause_of(error))
-            else:
-                log.error("call failed", exc_info=error)
+            cause = cause_of(error)
+            log.info("call failed", code=failure.code.name, reason=failure.reason, cause=cause, calls=calls)
         return failure
 
 

@@ -601,7 +601,7 @@ async def test_followers_who_cannot_keep_up(service: LogService) -> None:
 
     held: list[int] = []
     async with asyncio.TaskGroup() as followers:
-        for _ in range(30):
+        for _ in range(60):
             followers.create_task(follow_slowly())
         for _ in range(pages):
             await append(service, session_id, *page)
