@@ -24,6 +24,9 @@ from collab_service.rpc.server import Server
 
 _log = structlog.get_logger(__name__)
 
+_NEW_OBJECTS = 10_000
+"""New objects from which on the garbage collector looks through them for cycles. Python's own 700 are those of a few
+calls in progress: where there are more, it looks through them again and again, and finds nothing."""
 _AT_ONCE = 2.0
 """Seconds in which everything is let go of when there is no grace."""
 
@@ -142,6 +145,7 @@ class _Life:
             # whole process for 30 to 40 ms, every few seconds.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(_NEW_OBJECTS)
             await self._stop.wait()
             self._stop.clear()
             _log.info("stopping", grace_seconds=self._grace)

@@ -5,6 +5,9 @@ at about a third of what an ORM's or the driver's row-by-row adaptation costs. A
 integers (dimensions, has-nulls flag, element OID, length, lower bound), then each element's length and bytes, the
 length -1 being a NULL (`array_recv` in PostgreSQL's src/backend/utils/adt/arrayfuncs.c). Integers are big-endian; a
 timestamptz is the microseconds since 2000.
+
+A column of nothing but NULLs travels as an empty array: where `unnest` gets arrays of different lengths, it fills the
+shorter ones up with NULLs, and most batches leave several columns empty.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +29,7 @@ _POSTGRES_EPOCH = 946_684_800_000_000
 T = TypeVar("T")
 
 _header = Struct(">iiIii").pack
+_header_of_empty = Struct(">iiI").pack
 _length = Struct(">i").pack
 _read_sized_int8 = Struct(">iq").iter_unpack
 _HEADER_BYTES = 20
@@ -35,6 +39,8 @@ _length_and_int8 = Struct(">iq").pack
 def _array(element: int, values: Sequence[T], pack: Callable[[T], bytes]) -> bytes:
     first = list(values[:1])
     if first and first * len(values) == list(values):  # as in many batches; it ends at the first that is another
+        if first == [None]:
+            return _header_of_empty(0, 0, element)
         packed = pack(first[0]) * len(values)
     else:
         packed = b"".join(map(pack, values))
