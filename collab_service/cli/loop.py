@@ -33,5 +33,5 @@ def run(work: Coroutine[Any, Any, T], *, interrupted: ExitStatus = ExitStatus.IN
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(work)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(interrupted)

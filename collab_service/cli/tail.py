@@ -1,9 +1,8 @@
 """`collab list` and `collab tail`: a session's events, as they are and as they come."""
 
+import asyncio
 import io
-import os
 import select
-import signal
 import sys
 import threading
 from contextlib import aclosing, suppress
@@ -76,6 +75,7 @@ def tail(
         raise CommandError("give either --since or --new", ExitStatus.USAGE)
 
     async def work() -> None:
+        _cancel_when_nobody_reads()
         lines = event_lines(output)
         async with connected(target) as client:
             found = await find_session(client, session)
@@ -86,7 +86,6 @@ def tail(
                         lines.print(event)
                     lines.flush()
 
-    threading.Thread(target=_interrupt_when_nobody_reads, daemon=True).start()
     run(work(), interrupted=ExitStatus.DONE)
 
 
@@ -94,10 +93,17 @@ def _types(text: str | None) -> list[str]:
     return [] if text is None else text.split(",")
 
 
-def _interrupt_when_nobody_reads() -> None:
-    """Wait until the other end of standard output is closed, as `head` does, and press Ctrl-C."""
-    poll = select.poll()
-    with suppress(io.UnsupportedOperation):  # standard output is no file
-        poll.register(sys.stdout.fileno(), 0)  # errors are always told
-        poll.poll()
-        os.kill(os.getpid(), signal.SIGINT)
+def _cancel_when_nobody_reads() -> None:
+    """Cancel the current task once the other end of standard output is closed, as `head` does."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def wait() -> None:
+        poll = select.poll()
+        with suppress(io.UnsupportedOperation):  # standard output is no file
+            poll.register(sys.stdout.fileno(), 0)  # errors are always told
+            poll.poll()
+            with suppress(RuntimeError):  # what was to be cancelled has noticed it, too, and the loop is closed
+                loop.call_soon_threadsafe(task.cancel)
+
+    threading.Thread(target=wait, daemon=True).start()
