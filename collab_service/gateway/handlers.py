@@ -1,7 +1,8 @@
 """The calls. Each does four things: read the request, call the service, convert, answer."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+import re
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
 from urllib.parse import urlencode
@@ -39,6 +40,7 @@ from collab_service.gateway.requests import (
 from collab_service.gateway.streams import FOLLOWS, Followers, array, begun, lines
 
 JSON, JSON_LINES, EVENT_STREAM = "application/json", "application/x-ndjson", "text/event-stream"
+_QUALITY = re.compile(r"[01](?:\.[0-9]{0,3})?")
 
 
 class Handlers:
@@ -140,13 +142,13 @@ class Handlers:
         """List a session's events, or follow it."""
         query = query_of(request, EventsQuery)
         types = [] if query.types is None else query.types.split(",")
-        accept = request.headers.get("accept", "")
-        if EVENT_STREAM in accept:
+        wanted = _wanted(request.headers.getlist("accept"))
+        if wanted == EVENT_STREAM:
             last = _last_event_id(request)
             since = query.since_server_seq if last is None else last
             answer: Response = await self._followers.answer(self._client, query, since, types)
             request.scope["state"][FOLLOWS] = True
-        elif JSON_LINES in accept:
+        elif wanted == JSON_LINES:
             answer = await begun(lines(self._events(query, types, line_form)), JSON_LINES)
         else:
             answer = await begun(array(self._events(query, types, event_form)), JSON)
@@ -166,6 +168,18 @@ class Handlers:
                     held = [map(form, page.events)]
                     del page
                     yield held.pop()
+
+
+def _wanted(accept: Sequence[str]) -> str:
+    """Return the kind of list that the headers `Accept` prefer (RFC 9110, 12.5.1); without one, an array."""
+    qualities = dict.fromkeys((EVENT_STREAM, JSON_LINES, JSON), 0.0)
+    for given in ",".join(accept).split(","):
+        kind, *parameters = (part.strip().lower() for part in given.split(";"))
+        if kind in qualities:
+            quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+            qualities[kind] = float(quality) if _QUALITY.fullmatch(quality) else 1.0
+    wanted = max(qualities, key=qualities.__getitem__)  # the first one of several
+    return wanted if qualities[wanted] else JSON
 
 
 def _last_event_id(request: Request) -> int | None:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from collab_service.client import NewEvent
 from collab_service.gateway.errors import RequestError, invalid
 from collab_service.gateway.forms import ABSENT, WHAT_IS_RIGHT, Detail, EventBody, fields_of
-from collab_service.model.payload import json_object_problem
+from collab_service.model.payload import json_object_problem, why_no_json
 
 F = TypeVar("F", bound=Struct)
 E = TypeVar("E", bound=EventBody)
@@ -32,7 +32,6 @@ _MOST_EVENTS = 20_000
 """Events in a batch, whatever the service takes (1,000, unless configured): millions of empty ones fit into a body, and
 would keep this process busy for half a minute only to be refused."""
 _MUST_BE_UTF8 = "must be UTF-8, percent-encoded"
-_HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 _BASE64 = ("payloadBase64", "signature")
 _WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 
@@ -98,6 +97,13 @@ async def _read_body(request: Request, most: int, hold: Callable[[int], None]) -
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             "UNSUPPORTED_MEDIA_TYPE",
             "the body must be JSON in UTF-8, sent with the header Content-Type: application/json",
+        )
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RequestError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "UNSUPPORTED_MEDIA_TYPE",
+            "the body must be sent as it is, without a Content-Encoding",
+            headers={"accept-encoding": "identity"},
         )
     length = request.headers.get("content-length", "0")
     size, parts = int(length) if length.isdigit() else 0, []
@@ -293,9 +299,7 @@ def _decode(body: bytes, kind: Any) -> Any:
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError as error:
-        # Which JavaScript writes when a text is cut in the middle of an emoji; msgspec speaks of truncated input.
-        why = "it holds half of a surrogate pair" if _HALF_PAIR.search(body) else str(error)
-        raise _malformed(why) from error
+        raise _malformed(why_no_json(body, error)) from error
     except RecursionError as error:
         raise _malformed("it is nested too deep") from error
 

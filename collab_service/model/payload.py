@@ -10,6 +10,9 @@ from collab_service.model.limits import MAX_JSON_DEPTH
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 _decoder = msgspec.json.Decoder(msgspec.Raw)
 
 
@@ -30,8 +33,14 @@ def json_object_problem(text: str) -> str | None:
     try:
         _decoder.decode(text)
     except msgspec.DecodeError as error:
-        return f"must be the text of one JSON object (RFC 8259): {error}"
+        return f"must be the text of one JSON object (RFC 8259): {why_no_json(text.encode(), error)}"
     return None
+
+
+def why_no_json(text: bytes, error: msgspec.DecodeError) -> str:
+    """Return what the decoder says, or what is meant by it."""
+    # Which JavaScript writes when a text is cut in the middle of an emoji; msgspec speaks of truncated input.
+    return "it holds half of a surrogate pair" if _HALF_PAIR.search(text) else str(error)
 
 
 def _depth(text: str) -> int:

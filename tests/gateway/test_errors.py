@@ -1,5 +1,6 @@
 """What is refused: with which status and code, every bad field named at once, nothing stored, nothing internal told."""
 
+import gzip
 import http.client
 import json
 from collections.abc import Iterator
@@ -448,6 +449,20 @@ def test_a_wrong_content_type(http: httpx.Client, session_id: int, kind: str) ->
             answer = http.post(path, content=body, headers=headers)
             assert refused(answer, 415, "UNSUPPORTED_MEDIA_TYPE") == {}
             assert "application/json" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("identity", 201), ("", 201)])
+def test_a_body_that_is_encoded(http: httpx.Client, encoding: str, status: int) -> None:
+    """Nothing unpacks one here, so it is not taken for what it is not, also when it is none."""
+    plain = gzip.compress(b"{}") if status == 415 else b"{}"
+    for content in (plain, b"{}"):
+        headers = {"content-type": "application/json", **({"content-encoding": encoding} if encoding else {})}
+        answer = http.post("/api/collab/sessions", content=content, headers=headers)
+        assert answer.status_code == status
+        if status == 415:
+            assert refused(answer, 415, "UNSUPPORTED_MEDIA_TYPE") == {}
+            assert "Content-Encoding" in answer.json()["message"]
+            assert answer.headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.gateway.calls import JSON, TIMEOUT, append_batch, new_session, refused
+from tests.gateway.calls import JSON, TIMEOUT, append, append_batch, new_session, refused
 from tests.gateway.conftest import ORIGIN
 from tests.gateway.wire import connected, request_bytes
 from tests.processes import GatewayProcess, ServeProcess
@@ -42,6 +42,26 @@ def test_packed_where_asked_for(http: httpx.Client, accepted: str, packed: bool)
                 assert "accept-encoding" in answer.headers["vary"].lower()
                 content = gzip.decompress(content)
             assert content == http.get(path, headers=plain | {"accept": accept}).content
+
+
+@pytest.mark.parametrize(
+    ("accepted", "kind"),
+    [
+        ("*/*", "application/json"), ("text/html, */*;q=0.8", "application/json"),
+        ("application/x-ndjson", "application/x-ndjson"), ("Application/X-NDJSON; q=0.5", "application/x-ndjson"),
+        ("text/event-stream", "text/event-stream"), ("text/event-stream, */*;q=0.1", "text/event-stream"),
+        ("application/json;q=1, text/event-stream;q=0", "application/json"),
+        ("text/event-stream;q=0.5, application/json", "application/json"),
+        ("application/json;q=0.2, application/x-ndjson;q=0.3", "application/x-ndjson"),
+        ("application/x-ndjson;q=0", "application/json"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_list_that_is_asked_for(http: httpx.Client, accepted: str, kind: str) -> None:
+    """What is preferred is what comes, and what is refused never does (RFC 9110, 12.5.1)."""
+    session_id = append(http, new_session(http))["sessionId"]
+    parameters = {"sessionId": session_id, "limit": 1}  # with which also a follow ends
+    answer = http.get("/api/collab/events", params=parameters, headers={"accept": accepted})
+    assert answer.headers["content-type"].partition(";")[0] == kind
 
 
 def test_small_answers_are_not_packed(http: httpx.Client) -> None:

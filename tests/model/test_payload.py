@@ -66,6 +66,12 @@ def test_refused(text: str) -> None:
     assert problem.startswith("must be")
 
 
+@pytest.mark.parametrize("text", [r'{"a":"\ud800"}', r'{"a":"\udc00"}', r'{"a":"\uD83D\uD83D\uDE00"}'])
+def test_half_a_pair_is_called_so(text: str) -> None:
+    """JavaScript writes it when a text is cut in the middle of an emoji; nothing of the JSON is missing."""
+    assert "half of a surrogate pair" in str(json_object_problem(text))
+
+
 @given(st.text(alphabet='{}[]",:\\u0dDeE89-+. \n\x00aé😀', max_size=40))
 def test_agrees_with_another_parser(text: str) -> None:
     """Whatever is accepted is an object to Python's parser too, and the other way round (surrogates apart)."""
