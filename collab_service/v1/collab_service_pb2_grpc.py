@@ -242,7 +242,8 @@ class CollabServiceServicer:
         give them idempotency keys and send them again.
 
         Errors that end the stream: `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN`,
-        `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`.
+        `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`; and `INVALID_REQUEST` for bytes that
+        cannot be decoded, since there is no number to answer with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

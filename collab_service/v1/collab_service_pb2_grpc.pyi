@@ -135,7 +135,8 @@ class CollabServiceStub:
     give them idempotency keys and send them again.
 
     Errors that end the stream: `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN`,
-    `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`.
+    `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`; and `INVALID_REQUEST` for bytes that
+    cannot be decoded, since there is no number to answer with.
     """
     ListEvents: _grpc.UnaryStreamMultiCallable[_collab_service_pb2.ListEventsRequest, _collab_service_pb2.ListEventsResponse]
     """Reads a session's events, to the head or on and on.
@@ -278,7 +279,8 @@ class CollabServiceAsyncStub(CollabServiceStub):
     give them idempotency keys and send them again.
 
     Errors that end the stream: `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN`,
-    `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`.
+    `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`; and `INVALID_REQUEST` for bytes that
+    cannot be decoded, since there is no number to answer with.
     """
     ListEvents: _aio.UnaryStreamMultiCallable[_collab_service_pb2.ListEventsRequest, _collab_service_pb2.ListEventsResponse]  # type: ignore[assignment]
     """Reads a session's events, to the head or on and on.
@@ -472,7 +474,8 @@ class CollabServiceServicer(metaclass=_abc_1.ABCMeta):
         give them idempotency keys and send them again.
 
         Errors that end the stream: `STORAGE_UNAVAILABLE`, `SHUTTING_DOWN`,
-        `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`.
+        `COMMIT_OUTCOME_UNKNOWN`, `INTERNAL`; and `INVALID_REQUEST` for bytes that
+        cannot be decoded, since there is no number to answer with.
         """
 
     @_abc_1.abstractmethod
