@@ -22,6 +22,16 @@ _CANCELLATION = 0.1
 """Seconds. Where a call was given up, grpc says first that there is no request, and then cancels its task."""
 
 
+class Kind:
+    """What the requests of one method are like: how large one is going to be is not known before it has come."""
+
+    __slots__ = ("usual_size",)
+
+    def __init__(self) -> None:
+        self.usual_size = 1.0
+        """Bytes of a request of late."""
+
+
 class Admission:
     """Receives the requests of calls that bring one, as far as there is room for them."""
 
@@ -37,17 +47,16 @@ class Admission:
         self._max_held = held
         self._max_received = received
         self._held = 0
-        self._usual_size = 1.0
-        """Bytes of a request of late: how large one is going to be is not known before it has come."""
         self._usual_time = 0.0
         """Seconds that a request of late has taken to come."""
         self._loop = asyncio.get_running_loop()
 
-    async def receive(self, context: Context, end: End) -> bytes:
+    async def receive(self, context: Context, kind: Kind, end: End) -> bytes:
         """Return a call's request; its bytes count as held until `release`.
 
         Args:
             context: The call's.
+            kind: That of the call's method.
             end: Ends the call, when the request is long in coming.
 
         Raises:
@@ -56,15 +65,16 @@ class Admission:
             CallEnded: It was long in coming, and `end` raised nothing.
         """
         begun = self._loop.time()
-        if self._held >= self._max_held or not (self._has_room() or self._makes_room(begun)):
+        expected = kind.usual_size
+        if self._held >= self._max_held or not (self._has_room(expected) or self._makes_room(expected, begun)):
             raise Overloaded("too much is on its way into this server")
-        request = await self.reads.read(context, end)
+        request = await self.reads.read(context, end, size=expected)
         if request is None:
             await asyncio.sleep(_CANCELLATION)
             raise InvalidArgument([Violation("request", "must be sent")])
         size = len(request)
         self._held += size
-        self._usual_size += (size - self._usual_size) / 16
+        kind.usual_size += (size - kind.usual_size) / 16
         self._usual_time += (self._loop.time() - begun - self._usual_time) / 16
         return request
 
@@ -72,9 +82,17 @@ class Admission:
         """Take note that a request of so many bytes is held no longer."""
         self._held -= size
 
-    def _has_room(self) -> bool:
-        return len(self.reads) < min(_REQUESTS, self._max_received / self._usual_size)
+    def _has_room(self, size: float) -> bool:
+        count = len(self.reads)
+        return count == 0 or (count < _REQUESTS and self.reads.size + size <= self._max_received)
 
-    def _makes_room(self, now: float) -> bool:
+    def _makes_room(self, size: float, now: float) -> bool:
         patience = min(max(_PATIENCE * self._usual_time, _SHORTEST_PATIENCE), _LONGEST_PATIENCE)
-        return self.reads.end_longest(now - patience)
+        slow = now - patience
+        kept = self.reads.size - self.reads.size_begun(slow)
+        if kept >= 1 and kept + size > self._max_received:
+            return False  # whoever would be ended for it
+        while not self._has_room(size):
+            if not self.reads.end_longest(slow):
+                return False
+        return True

@@ -20,7 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from collab_service.logs import LineBudget
 from collab_service.metrics import RpcMetrics
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ShuttingDown, Violation
-from collab_service.rpc.admission import Admission
+from collab_service.rpc.admission import Admission, Kind
 from collab_service.rpc.answers import Answers
 from collab_service.rpc.reads import Context, Reads, Requests
 from collab_service.rpc.status import DETAILS_KEY, Failure, failure_of, internal_failure
@@ -38,6 +38,8 @@ most."""
 _RECEIVED_BYTES = 64 * 1024 * 1024
 """Bytes of requests that may be received at once, as far as can be told before they have come."""
 
+_NO_MORE = 0.05
+"""Seconds without a call, after which no more are expected while refusals are held back."""
 _REFUSED_LINES, _CANCELLED_LINES, _FAILED_LINES = 1, 20, 100
 """Lines of the log in a second, at most, that tell of calls refused as too many, of calls that were given up, and of
 those that have failed otherwise: under a flood they come by the thousand. A fault of our own always has its line, which
@@ -81,6 +83,9 @@ class Boundary:
         self.bounded = self._admission.reads, self._reads_of_streams, self._answers
         """What is to be ended where the memory is full."""
         self._calls = _CallsInProgress()
+        self._held_back = 0
+        self._may_refuse = asyncio.Event()
+        self._may_refuse.set()
         metrics.watch(lambda: self._calls.count)
         self._refused_lines = LineBudget(_REFUSED_LINES)
         self._cancelled_lines = LineBudget(_CANCELLED_LINES)
@@ -112,6 +117,7 @@ class Boundary:
         encode = GetMessageClass(method.output_type).SerializeToString
         name = method.name
         metrics = self._metrics.of(name)
+        kind = Kind()
 
         async def fail(context: Context, error: Exception) -> None:
             request_id = _request_id(context)
@@ -129,7 +135,7 @@ class Boundary:
                 requests = Requests(self._reads_of_streams, context, partial(_decoded, decode), end)
                 with self._calls:
                     return await behaviour(requests, context)
-            data = await self._admission.receive(context, end)
+            data = await self._admission.receive(context, kind, end)
             size = len(data)
             try:
                 with self._calls:
@@ -165,6 +171,9 @@ class Boundary:
                 failure = error
             # No longer in progress: a client that takes no message takes no status either.
             try:
+                if isinstance(failure, ShuttingDown):
+                    self._held_back += 1
+                    await self._may_refuse.wait()
                 await fail(context, failure)
             except grpc.aio.InternalError as error:
                 raise asyncio.CancelledError from error
@@ -179,6 +188,18 @@ class Boundary:
     async def drain(self) -> None:
         """Refuse calls from now on, and wait until those in progress have finished."""
         await self._calls.drain()
+
+    async def hold_refusals_back(self) -> None:
+        """Refuse nobody until `let_refusals_go`; return once no calls come, since those who wait make no new ones."""
+        self._may_refuse.clear()
+        before = -1
+        while before < self._held_back:
+            before = self._held_back
+            await asyncio.sleep(_NO_MORE)
+
+    def let_refusals_go(self) -> None:
+        """Refuse those that have been held back."""
+        self._may_refuse.set()
 
     def _failure(self, method: str, request_id: str, error: Exception) -> Failure:
         """Log what has gone wrong, and return what to answer."""

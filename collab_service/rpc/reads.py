@@ -6,6 +6,7 @@ that is ended, from outside, and with the call the wait.
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from itertools import takewhile
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -36,6 +37,8 @@ class _Read(Struct, eq=False):
     context: Context
     end: End
     is_busy: Callable[[], bool]
+    size: float
+    """Bytes that it is expected to have."""
     ending: "asyncio.Task[None] | None" = None
     ending_since: float = 0.0
     peer: str = ""
@@ -48,6 +51,8 @@ class Reads:
     def __init__(self) -> None:
         self._coming: dict[_Read, None] = {}
         """In the order in which they have begun."""
+        self.size = 0.0
+        """Bytes that they are expected to have."""
         self._ending: set[_Read] = set()
         """Those whose calls are being ended."""
         self._loop = asyncio.get_running_loop()
@@ -55,19 +60,23 @@ class Reads:
     def __len__(self) -> int:
         return len(self._coming)
 
-    async def read(self, context: Context, end: End, is_busy: Callable[[], bool] = bool) -> bytes | None:
+    async def read(
+        self, context: Context, end: End, is_busy: Callable[[], bool] = bool, *, size: float = 0.0
+    ) -> bytes | None:
         """Return the next request of a call; None when there is none.
 
         Args:
             context: The call's.
             end: Ends the call, when the request is long in coming.
             is_busy: Tells whether the service has still to do something before the call can end; false by default.
+            size: Bytes that it is expected to have.
 
         Raises:
             CallEnded: It was ended, and `end` raised nothing.
         """
-        read = _Read(self._loop.time(), context, end, is_busy)
+        read = _Read(self._loop.time(), context, end, is_busy, size)
         self._coming[read] = None
+        self.size += size
         try:
             request = await context.read()
             if read.ending is not None:
@@ -75,22 +84,32 @@ class Reads:
                 await read.ending
                 raise CallEnded
         finally:
-            self._coming.pop(read, None)
+            self._forget(read)
             self._ending.discard(read)
         return None if request is grpc.aio.EOF else bytes(request)
+
+    def size_begun(self, before: float) -> float:
+        """Return the bytes that those are expected to have which began before a time on the loop's clock."""
+        return sum(read.size for read in takewhile(lambda read: read.since <= before, self._coming))
 
     def end_longest(self, before: float) -> bool:
         """End the call that has waited longest for a request, if that began before a time on the loop's clock."""
         read = next(iter(self._coming), None)
         if read is None or read.since > before:
             return False
-        del self._coming[read]
+        self._forget(read)
         self._ending.add(read)
         read.ending_since = self._loop.time()
         read.peer = read.context.peer()
         read.ending = asyncio.create_task(read.end(), name="end")
         read.ending.add_done_callback(lambda ending: ending.cancelled() or ending.exception())  # or told to who waits
         return True
+
+    def _forget(self, read: _Read) -> None:
+        """Take note that a request is received no longer."""
+        if read in self._coming:
+            del self._coming[read]
+            self.size -= read.size
 
     def end_slow(self, seconds: float) -> int:
         """End the calls that have waited for a request for more than so many seconds, and return how many.

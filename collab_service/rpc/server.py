@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import grpc
 import structlog
@@ -30,8 +31,10 @@ _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
 _OPTION = "--grpc-address"
-_LINGER = 0.5
+_LINGER = 0.45
 """Seconds to go on refusing new calls before the port closes."""
+_LONGEST_HOLD = 0.5
+"""Seconds at most to hold refusals back before that."""
 _PENDING_CALLS = 20_000
 _HANDSHAKE = 10.0
 """Seconds for a new connection to become one of HTTP/2."""
@@ -93,8 +96,7 @@ class Server:
         # 1. Not ready: load balancers send nothing new.
         await self._health.drain()
         # 2. Streams end, new calls are refused with a reason, and those in progress finish. That goes on for a moment
-        # before the port closes: grpc itself refuses by cancelling calls that have arrived but not begun, and tells
-        # nobody why.
+        # before the port closes, in which load balancers hear of it.
         self._servicer.stop_streams()
         try:
             async with asyncio.timeout(grace):
@@ -102,9 +104,17 @@ class Server:
                 await asyncio.sleep(_LINGER)
         except TimeoutError:
             _log.warning("the grace period is over", grace_seconds=grace)
-        # 3. The port closes. Streams that only watch (health, reflection) are not waited for.
+        # 3. The port closes, and clients are told to go elsewhere. Calls that have arrived by then but not begun grpc
+        # cancels, and tells nobody why. So the last refusals are held back until that has been said: whoever waits for
+        # one makes no new call. Streams that only watch (health, reflection) are not waited for.
         if self._grpc is not None:
-            await self._grpc.stop(min(_FLUSH, grace))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_LONGEST_HOLD, grace)):
+                    await self._boundary.hold_refusals_back()
+            stopping = asyncio.create_task(self._grpc.stop(min(_FLUSH, grace)), name="stop-grpc")
+            await asyncio.sleep(0)  # in which it begins to
+            self._boundary.let_refusals_go()
+            await stopping
         await self._tasks.cancel()
         # 4. The sequencer writes what waits; then the pool closes.
         await self._service.stop(grace)

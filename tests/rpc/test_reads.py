@@ -7,6 +7,8 @@ import grpc
 import pytest
 
 from collab_service import memory
+from collab_service.model.errors import Overloaded
+from collab_service.rpc.admission import Admission, Kind
 from collab_service.rpc.reads import Context, Reads
 from tests.http2 import UnfinishedRequests
 from tests.memory import used_bytes
@@ -58,3 +60,51 @@ async def test_a_request_that_is_whole_just_as_its_call_is_ended() -> None:
     assert len(reads) == 0
     assert used_bytes() - before < 6 * _SIZE
     await server.stop(0)
+
+
+async def test_what_requests_are_expected_to_have() -> None:
+    """Room is reckoned by what requests of the method were like of late: after large appends, follows are let in."""
+    admission = Admission(held=100 * _SIZE, received=8 * _SIZE)
+
+    def handler(kind: Kind) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        async def call(_: object, context: Context) -> bytes:
+            async def end() -> None:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too slow")
+
+            try:
+                admission.release(len(await admission.receive(context, kind, end)))
+            except Overloaded:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
+            return b""
+
+        return grpc.stream_unary_rpc_method_handler(call)
+
+    server = grpc.aio.server()
+    handlers = {"large": handler(Kind()), "small": handler(Kind())}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        large: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test/large")
+        for _ in range(100):
+            await large(bytes(_SIZE))
+    connection = await UnfinishedRequests.open(address)
+    try:
+        for _ in range(50):
+            connection.begin("/test/small", bytes(10))
+
+        async def are_received() -> bool:
+            return len(admission.reads) == 50
+
+        await until(are_received, "all small ones")
+        for _ in range(50):
+            connection.begin("/test/large", bytes(10))
+
+        async def are_refused() -> bool:
+            return connection.unfinished == 58
+
+        await until(are_refused, "the end of all large ones but for eight")
+        assert len(admission.reads) == 58
+    finally:
+        connection.transport.abort()
+        await server.stop(0)
