@@ -136,7 +136,8 @@ class Reader:
     async def room_for(self, page: Page) -> None:
         """Wait until a page may be sent. Small ones always may: what people write does not wait for those who stall."""
         if page.size > _SMALL_PAGE_BYTES:
-            await self._has_room.wait()
+            while self.is_full:  # all who wait are woken at once, and the first of them may fill it again
+                await self._has_room.wait()
 
     def _now_on_its_way(self, more: int) -> None:
         self._on_its_way += more
@@ -179,6 +180,7 @@ class Reader:
 
         Raises:
             SessionNotFound: There is no such session (any more).
+            ServerSeqBeyondHead: Its log ends before `head`, as an older database's does after a fail-over or a restore.
         """
         asked = time.perf_counter()
         through = min(since + _SCAN, head)
@@ -200,7 +202,7 @@ class Reader:
         self._metrics.page(time.perf_counter() - asked, 0 if chunk is None else chunk.count)
         if chunk is not None:
             return Page((chunk,), last, head)  # more may follow below `through`: the page may have been full
-        await self.head(session_id)
+        await self.head(session_id, since=through)
         return Page((), through, head)
 
     async def to_head(

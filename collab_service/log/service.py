@@ -1,9 +1,12 @@
 """What can be done with sessions and their logs: the use cases, one method each."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from itertools import groupby
 from operator import attrgetter
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from collab_service.config import Config
 from collab_service.log.activity import ActivityWriter
@@ -21,9 +24,9 @@ from collab_service.model import Event, ListPosition, Session
 from collab_service.model.errors import (
     CollabError,
     CommitOutcomeUnknown,
+    Overloaded,
     SessionNotFound,
     ShuttingDown,
-    StorageUnavailable,
 )
 from collab_service.storage.database import Database, Pulse
 from collab_service.storage.repository import sessions
@@ -31,6 +34,8 @@ from collab_service.storage.times import now_micros
 
 _RELEASE_STEP = 1_000
 """Sessions that one transaction takes an owner off."""
+_CHANGES_TURN = 10.0
+"""Seconds to wait for a turn to change sessions."""
 _TAIL_READS = 2
 """Reads at once for the tails, on connections of their own: whatever keeps the others busy, followers are served."""
 _LAST_NOTIFICATION = 1.0
@@ -54,6 +59,8 @@ class LogService:
         self._database = Database(
             database_url, metrics=metrics.database.pool("calls"), pool_size=config.database_pool_size
         )
+        self._changes = asyncio.Semaphore(max(config.database_pool_size // 2, 1))
+        """Calls at once that may wait for rows of sessions."""
         self._activity = ActivityWriter(self._database)
         self._remover = Remover(self._database)
         self._reader = Reader(
@@ -157,7 +164,8 @@ class LogService:
             count: How many at most.
         """
         if after is None:
-            await self._activity.flush()  # so that the order is that of what was appended a moment ago
+            with suppress(CollabError):  # it is written later, then; and a list writes nothing that may be in doubt
+                await self._activity.flush()  # so that the order is that of what was appended a moment ago
         async with self._database.reading() as connection:
             found = await sessions.list_sessions(
                 connection, language_id=language_id, owner_id=owner_id, after=after, count=count + 1
@@ -167,13 +175,13 @@ class LogService:
 
     async def touch_session(self, session_id: int) -> Session:
         """Move a session's activity to now; raises `SessionNotFound`."""
-        async with self._database.transaction() as connection:
+        async with self._changing_sessions() as connection:
             await sessions.touch_session(connection, session_id, now_micros())
             return _found(await sessions.get_session(connection, session_id), session_id=session_id)
 
     async def delete_session(self, session_id: int) -> None:
         """Delete a session; its rows are removed later, in steps; raises `SessionNotFound`."""
-        async with self._database.transaction() as connection:
+        async with self._changing_sessions() as connection:
             if not await sessions.mark_deleted(connection, session_id, now_micros()):
                 raise SessionNotFound(session_id=session_id)
         self._remover.wake()
@@ -189,9 +197,9 @@ class LogService:
         released, last = 0, 0
         while True:
             try:
-                async with self._database.transaction() as connection:
+                async with self._changing_sessions() as connection:
                     ids = await sessions.release_sessions(connection, user_id, after=last, count=_RELEASE_STEP)
-            except StorageUnavailable as error:
+            except Exception as error:  # whatever it is: some are released, and the caller must not be told of none
                 if not released:
                     raise
                 raise CommitOutcomeUnknown from error
@@ -199,6 +207,24 @@ class LogService:
             if len(ids) < _RELEASE_STEP:
                 return released
             last = ids[-1]
+
+    @asynccontextmanager
+    async def _changing_sessions(self) -> AsyncGenerator[AsyncConnection, None]:
+        """Open a transaction that may wait for rows which others hold; all such leave connections free for the rest.
+
+        Raises:
+            Overloaded: Others wait, and have not come to an end in time.
+        """
+        try:
+            async with asyncio.timeout(_CHANGES_TURN):
+                await self._changes.acquire()
+        except TimeoutError:
+            raise Overloaded("too many calls wait for sessions that are locked") from None
+        try:
+            async with self._database.transaction() as connection:
+                yield connection
+        finally:
+            self._changes.release()
 
     def append(self, request: AppendRequest) -> Awaitable[Appended]:
         """Append events to a session, all or nothing; see `Sequencer.append`."""

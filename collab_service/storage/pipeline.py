@@ -19,6 +19,8 @@ from psycopg.pq.abc import PGconn, PGresult
 
 from collab_service.storage.database import Database
 
+_WAITS_FOR_STANDBY = "SyncRepWaitForLSN"
+"""The function that waits for a synchronous standby (PostgreSQL's src/backend/replication/syncrep.c)."""
 _PATIENCE = 75.0
 """Seconds to wait for answers: longer than any `statement_timeout`, for servers that do not even say that."""
 
@@ -114,7 +116,7 @@ class PipelineConnection:
 
     @property
     def warnings(self) -> Sequence[str]:
-        """The warnings that came with the last group."""
+        """The warnings of the last group that may say that a standby was no longer waited for."""
         return self._warnings
 
     @property
@@ -190,5 +192,7 @@ class PipelineConnection:
             done.set_exception(error)
 
     def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.severity_nonlocalized == "WARNING":
+        # Warnings come of other things, too, such as a database in which nothing has been vacuumed for too long, or a
+        # trigger. The place in PostgreSQL's source is the only thing that does not change with the language.
+        if diagnostic.severity_nonlocalized == "WARNING" and diagnostic.source_function in (None, _WAITS_FOR_STANDBY):
             self._warnings.append(diagnostic.message_primary or "")
