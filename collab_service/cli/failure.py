@@ -77,6 +77,19 @@ def told_in_a_sentence() -> Iterator[None]:
         sys.exit(ExitStatus.FAILED)
 
 
+@contextmanager
+def ended_by_its_reader() -> Iterator[None]:
+    """End well when nobody reads standard output any more, for what goes on until then."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go_of_standard_output()
+        sys.exit(ExitStatus.DONE)
+
+
 def _of_service(error: ServiceError) -> str:
     if isinstance(error, SessionNotFound):
         return f"{error}; see those there are with: collab session list"

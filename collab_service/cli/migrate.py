@@ -2,7 +2,7 @@
 
 import typer
 
-from collab_service.cli.failure import CommandError
+from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.settings import DatabaseUrl
 
 
@@ -21,7 +21,7 @@ def migrate(database_url: DatabaseUrl = None) -> None:
     from collab_service.storage.driver_errors import cause_of
 
     if not database_url:
-        raise CommandError("which database? Give --database-url or set COLLAB_DATABASE_URL")
+        raise CommandError("which database? Give --database-url or set COLLAB_DATABASE_URL", ExitStatus.USAGE)
     check_database_url(database_url)
     try:
         before, after = schema.migrate(database_url)
@@ -40,4 +40,4 @@ def check_database_url(url: str) -> None:
     from collab_service.storage.database import url_problem
 
     if (problem := url_problem(url)) is not None:
-        raise CommandError(f"the database URL {problem}")
+        raise CommandError(f"the database URL {problem}", ExitStatus.USAGE)

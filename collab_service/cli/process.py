@@ -14,13 +14,14 @@ import structlog
 
 from collab_service import __version__
 from collab_service.addresses import AddressError, is_loopback, join_address, split_address
-from collab_service.cli.failure import CommandError
+from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.files import connections_that_fit
 from collab_service.config import Config
 from collab_service.gateway.server import GatewayConfig, GatewayServer
 from collab_service.metrics import GatewayMetrics, Metrics, ServiceMetrics
 from collab_service.model.errors import CollabError
 from collab_service.rpc.server import Server
+from collab_service.storage.database import place_of
 
 _log = structlog.get_logger(__name__)
 
@@ -42,19 +43,29 @@ def server_errors(*more: type[Exception]) -> Iterator[None]:
 
 
 def check_reach(option: str, address: str, allow_unauthenticated: bool) -> None:
-    """Raise `CommandError` when an address can be reached from other machines and nobody has allowed it."""
-    host, _ = split_address(address)
+    """Raise `CommandError` when it is no address, or other machines reach it and nobody has allowed that."""
+    try:
+        host, _ = split_address(address)
+    except AddressError as error:
+        raise CommandError(f"{option}: {error}", ExitStatus.USAGE) from error
     if not is_loopback(host) and not allow_unauthenticated:
         raise CommandError(
             f"{option} {address} can be reached from other machines, and there is no authentication yet; "
-            "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write"
+            "use 127.0.0.1, or add --allow-unauthenticated if everybody who gets there may read and write",
+            ExitStatus.USAGE,
         )
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return what tells a process to stop: Ctrl-C, SIGTERM, and the end of its terminal unless `nohup` ignores that."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hung_up]
+
+
 def stop_event() -> asyncio.Event:
-    """Return an event that SIGTERM and Ctrl-C set, for the running loop."""
+    """Return an event that the `stop_signals` set, for the running loop."""
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     return stop
 
@@ -191,6 +202,14 @@ def _gateway_config(config: Config, http_address: str, grpc_address: str) -> Gat
     )
 
 
-def log_serving(address: str, http_address: str | None, **more: int) -> None:
-    """Tell the log that calls are taken from now on."""
-    _log.info("serving", grpc_address=address, http_address=http_address, version=__version__, pid=os.getpid(), **more)
+def log_serving(url: str, address: str, http_address: str | None, **more: int) -> None:
+    """Tell the log that calls are taken from now on, where, and which database keeps what they bring."""
+    _log.info(
+        "serving",
+        grpc_address=address,
+        http_address=http_address,
+        database=place_of(url),
+        version=__version__,
+        pid=os.getpid(),
+        **more,
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from collab_service.cli.failure import CommandError
+from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.settings import (
     AllowUnauthenticated,
     CorsOrigins,
@@ -196,7 +196,9 @@ def _workers(text: str) -> int:
         return min(_cores(), _MAX_WORKERS)
     if text.isascii() and text.isdigit() and len(text) < 5 and 1 <= int(text) <= _MAX_WORKERS:
         return int(text)
-    raise CommandError(f"--workers {text} is not possible; it is a number from 1 to {_MAX_WORKERS}, or auto")
+    raise CommandError(
+        f"--workers {text} is not possible; it is a number from 1 to {_MAX_WORKERS}, or auto", ExitStatus.USAGE
+    )
 
 
 def _cores() -> int:

@@ -6,14 +6,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from collab_service.addresses import AddressError, free_place
-from collab_service.cli.failure import CommandError
+from collab_service.cli.failure import CommandError, ExitStatus
 from collab_service.cli.loop import new_event_loop
 from collab_service.cli.migrate import check_database_url
-from collab_service.cli.process import check_reach, log_serving, run_server, server_errors, stop_event
+from collab_service.cli.process import check_reach, log_serving, run_server, server_errors, stop_event, stop_signals
 from collab_service.cli.workers import Workers
 from collab_service.config import Config
 from collab_service.log.background import BackgroundTasks
@@ -22,7 +23,7 @@ from collab_service.metrics import Metrics
 from collab_service.model.errors import StorageUnavailable
 from collab_service.storage import schema
 from collab_service.storage.database import place_of, reach
-from collab_service.storage.driver_errors import cause_of, is_refusal
+from collab_service.storage.driver_errors import cause_of, is_refusal, is_wrong_url
 from collab_service.storage.embedded import Cluster, DataDirectory, EmbeddedError
 from collab_service.storage.embedded.accounts import postgres_account
 from collab_service.storage.schema import SchemaState, UnsuitableDatabase
@@ -65,14 +66,15 @@ def run(config: Config, log_format: LogFormat, *, allow_unauthenticated: bool, h
 
 
 class _Stopped(BaseException):
-    """SIGTERM came while nothing was running yet."""
+    """A signal to stop came while nothing was running yet."""
 
 
 def _run(config: Config, log_format: LogFormat, *, http_if_free: bool) -> int:
     def stop_starting(*_: object) -> None:
         raise _Stopped
 
-    signal.signal(signal.SIGTERM, stop_starting)
+    for number in stop_signals():
+        signal.signal(number, stop_starting)
     try:
         # A parent of workers has little to do but to watch processes, at which asyncio's own loop is the more robust.
         loop_factory = new_event_loop if config.workers == 1 else None
@@ -80,7 +82,7 @@ def _run(config: Config, log_format: LogFormat, *, http_if_free: bool) -> int:
             if http_if_free:
                 config = _without_a_gateway_where_its_port_is_taken(config)
             return runner.run(_serve(config, url, cluster, log_format))
-    except (_Stopped, KeyboardInterrupt):
+    except _Stopped:
         return 0
 
 
@@ -112,15 +114,24 @@ def _database(config: Config) -> Iterator[tuple[str, Cluster | None]]:
         try:
             _start(cluster, config)
             _log.info("postgres started", data_dir=str(data.path), user=account.name)
-            schema.migrate(cluster.url)
+            _migrate(cluster, data)
             yield cluster.url, cluster
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 signal.signal(number, signal.SIG_IGN)  # the end is near; it must be a clean one
             cluster.stop()
             _log.info("postgres stopped")
     finally:
         data.release()
+
+
+def _migrate(cluster: Cluster, data: DataDirectory) -> None:
+    try:
+        schema.migrate(cluster.url)
+    except StorageUnavailable as error:
+        cause = cause_of(error)
+        hint = f"; is {data.path}/password the one that it was made with?" if is_refusal(cause) else ""
+        raise CommandError(f"the PostgreSQL in {data.path} cannot be used: {cause}{hint}") from error
 
 
 def _start(cluster: Cluster, config: Config) -> None:
@@ -144,7 +155,7 @@ async def _serve(config: Config, url: str, cluster: Cluster | None, log_format: 
         tasks.spawn(_keep_running(cluster, config), "postgres")
     try:
         if config.workers == 1:
-            status = await run_server(config, url, Metrics(), stop, on_serving=log_serving)
+            status = await run_server(config, url, Metrics(), stop, on_serving=partial(log_serving, url))
         else:
             status = await Workers(config, url, log_format).run(stop)
         return status or int(keeper_died.is_set())
@@ -177,6 +188,8 @@ async def _schema_is_there(url: str, stop: asyncio.Event) -> bool:
                     f"the database does not let us in: {cause}; correct the user and the password in --database-url "
                     "or COLLAB_DATABASE_URL, or what the server allows (pg_hba.conf)"
                 ) from error
+            if is_wrong_url(cause):
+                raise CommandError(f"the database URL cannot be used: {cause}", ExitStatus.USAGE) from error
             now = time.monotonic()
             if told is None or told[0] != cause or now > told[1] + _DATABASE_WORD:
                 _log.warning("waiting for the database", database=place_of(url), cause=cause)

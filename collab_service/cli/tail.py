@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from collab_service.cli.connection import SessionName, Target, connected, find_session
-from collab_service.cli.failure import CommandError, ExitStatus
+from collab_service.cli.failure import CommandError, ExitStatus, ended_by_its_reader
 from collab_service.cli.loop import run
 from collab_service.cli.output import Output, OutputOption, event_lines
 from collab_service.client import DEFAULT_TARGET
@@ -86,7 +86,8 @@ def tail(
                         lines.print(event)
                     lines.flush()
 
-    run(work(), interrupted=ExitStatus.DONE)
+    with ended_by_its_reader():
+        run(work(), interrupted=ExitStatus.DONE)
 
 
 def _types(text: str | None) -> list[str]:

@@ -128,7 +128,12 @@ class Workers:
             if await process.stdout.readline() == READY and number not in self._served:
                 self._served.add(number)
                 if len(self._served) == self._config.workers:
-                    log_serving(self._config.grpc_address, self._config.http_address, workers=self._config.workers)
+                    log_serving(
+                        self._url,
+                        self._config.grpc_address,
+                        self._config.http_address,
+                        workers=self._config.workers,
+                    )
             status = await process.wait()
             process.stdin.close()
             with suppress(ConnectionError):  # it may have ended before it took its order

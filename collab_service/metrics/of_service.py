@@ -260,7 +260,7 @@ class DatabaseMetrics:
         self._metrics = metrics
         self._up = metrics.gauge(
             "collab_database_up",
-            "1 while the database answers and takes writes, 0 while some process finds that it does not.",
+            "1 while the database answers and is not read-only (a full disk is not seen), else 0.",
             of_all="livemin",
         )
         self._size = metrics.gauge(

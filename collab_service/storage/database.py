@@ -70,13 +70,21 @@ def libpq_url(url: str) -> str:
 
 
 def url_problem(url: str) -> str | None:
-    """Return what keeps `url` from being a PostgreSQL connection string, or None. Never repeats the URL."""
+    """Return what keeps `url` from being a PostgreSQL connection string, or None. Never repeats the URL.
+
+    libpq looks at most values of parameters only when it connects; see `driver_errors.is_wrong_url`.
+    """
     try:
-        ports = str(psycopg.conninfo.conninfo_to_dict(libpq_url(url)).get("port") or "")
+        parameters = psycopg.conninfo.conninfo_to_dict(libpq_url(url))
+        ports = str(parameters.get("port") or "")
     except psycopg.ProgrammingError:
         ports = "none"
     if not all(port.isdecimal() for port in ports.split(",") if port):
         return "is not a PostgreSQL URL; it looks like postgresql://user:password@host:5432/database"
+    try:
+        psycopg.conninfo.timeout_from_conninfo(parameters)
+    except psycopg.ProgrammingError:
+        return "has a connect_timeout that is no number of seconds"
     return None
 
 

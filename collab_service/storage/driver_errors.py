@@ -3,6 +3,7 @@
 SQLSTATE codes: https://www.postgresql.org/docs/18/errcodes-appendix.html
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,6 +56,12 @@ _NO_CONNECTION_LEFT = (
 )
 # Those of src/backend/libpq/auth.c, and libpq's own.
 _REFUSALS = ("authentication failed for user", "no pg_hba.conf entry", "pg_hba.conf rejects", "no password supplied")
+# A parameter of the URL that cannot be: libpq's words (src/interfaces/libpq/fe-connect.c), and the server's of its
+# settings in `options` (src/backend/utils/misc/guc.c, src/backend/tcop/postgres.c).
+_WRONG_URL = re.compile(
+    r"invalid \S+ value|definition of service .* not found|could not match \d+ |"
+    r"invalid value for parameter|unrecognized configuration parameter|invalid command-line argument"
+)
 
 
 def translate(error: BaseException) -> CollabError | None:
@@ -90,6 +97,11 @@ def cause_of(error: CollabError) -> str:
 def is_refusal(cause: str) -> bool:
     """Tell whether the driver's words say that the server does not let this user in, which waiting does not change."""
     return any(words in cause for words in _REFUSALS)
+
+
+def is_wrong_url(cause: str) -> bool:
+    """Tell whether the driver's words are of a wrong parameter in the database URL, which waiting does not change."""
+    return _WRONG_URL.search(cause) is not None
 
 
 @contextmanager

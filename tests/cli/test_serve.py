@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 import psycopg
@@ -91,9 +92,9 @@ def embedded(embedded_directory: Path, run_directory: Path) -> Iterator[ServePro
         assert process.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_status_0(database_url: str, directory: Path, number: signal.Signals) -> None:
-    """SIGTERM and Ctrl-C stop it cleanly, one line for each change; what it said holds no secret."""
+    """SIGTERM, Ctrl-C and a closed terminal stop it cleanly, a line for each change; what it said holds no secret."""
     with ServeProcess("--database-url", database_url, cwd=directory) as process:
         with grpc.insecure_channel(process.grpc_address) as channel:
             stub = CollabServiceStub(channel)
@@ -108,7 +109,7 @@ def test_started_again_everything_is_there(directory: Path) -> None:
     """A server with a PostgreSQL of its own is stopped and started on the same directory: nothing is gone."""
     data = directory / "data"
     kept: list[str] = []
-    for turn, number in enumerate((signal.SIGINT, signal.SIGTERM)):
+    for turn, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         with ServeProcess(cwd=directory, COLLAB_DATA_DIR=str(data)) as process:
             with grpc.insecure_channel(process.grpc_address) as channel:
                 stub = CollabServiceStub(channel)
@@ -156,7 +157,7 @@ def test_an_address_of_another_machine_is_told(database_url: str) -> None:
 def test_only_loopback_without_authentication(option: str, address: str, directory: Path) -> None:
     """What other machines can reach is refused before anything starts, with what to do about it."""
     result = collab("serve", "--data-dir", str(directory / "data"), option, address)
-    assert_one_sentence(result, option, address, "no authentication", "--allow-unauthenticated")
+    assert_one_sentence(result, option, address, "no authentication", "--allow-unauthenticated", status=2)
     assert result.stderr.count("\n") == 1
     assert not (directory / "data").exists()
 
@@ -165,7 +166,7 @@ def test_only_loopback_without_authentication(option: str, address: str, directo
 def test_bad_addresses_are_told(option: str, address: str, directory: Path) -> None:
     """What is no address is a sentence that shows one."""
     result = collab("serve", "--data-dir", str(directory / "data"), option, address)
-    assert_one_sentence(result, address, "127.0.0.1:50051")
+    assert_one_sentence(result, option, address, "127.0.0.1:50051", status=2)
     assert not (directory / "data").exists()
 
 
@@ -173,13 +174,32 @@ def test_bad_addresses_are_told(option: str, address: str, directory: Path) -> N
 def test_a_bad_database_url_is_told(command: str) -> None:
     """What is no PostgreSQL URL is a sentence that shows one, and never what was given: it may hold a password."""
     result = collab(command, COLLAB_DATABASE_URL="mysql://collab:sEcret@db.internal/collab")
-    assert_one_sentence(result, "postgresql://user:password@host:5432/database")
+    assert_one_sentence(result, "postgresql://user:password@host:5432/database", status=2)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "parameter", ["connect_timeout=x", "sslmode=x", "target_session_attrs=x", "keepalives_idle=x", "service=x"]
+)
+def test_a_wrong_parameter_of_the_database_is_told(parameter: str) -> None:
+    """What no waiting mends is not waited for: the sentence names the parameter, and never the URL."""
+    result = collab("serve", COLLAB_DATABASE_URL=f"postgresql://collab:sEcret@127.0.0.1:1/collab?{parameter}")
+    assert_one_sentence(result, parameter.partition("=")[0], status=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [("work_mem=x", "work_mem"), ("no_such=1", "no_such"), ("work_mem=4MB -x", "-x")],
+)
+def test_a_wrong_setting_of_the_server_is_told(cluster: Cluster, option: str, word: str) -> None:
+    """The server's own settings in the URL as well."""
+    url = f"{cluster.url}&options={quote('-c ' + option)}"
+    assert_one_sentence(collab("serve", "--database-url", url), word, status=2)
 
 
 def test_migrate_without_a_database_is_told() -> None:
     """`collab migrate` says which option it misses."""
-    assert_one_sentence(collab("migrate"), "--database-url", "COLLAB_DATABASE_URL")
+    assert_one_sentence(collab("migrate"), "--database-url", "COLLAB_DATABASE_URL", status=2)
 
 
 def test_migrate_tells_why_it_cannot(cluster: Cluster, directory: Path) -> None:
@@ -263,7 +283,7 @@ def test_settings_as_environment_variables(database_url: str, directory: Path) -
         assert process.stop() == 0
     assert process.wait_for("stopping")["grace_seconds"] == 1.5
     result = collab("serve", COLLAB_GRPC_ADDRESS=environment["COLLAB_GRPC_ADDRESS"])
-    assert_one_sentence(result, "--grpc-address 192.0.2.1:1")
+    assert_one_sentence(result, "--grpc-address 192.0.2.1:1", status=2)
 
 
 def test_every_option_is_an_environment_variable() -> None:
@@ -375,6 +395,24 @@ def test_a_data_directory_that_cannot_be_used_is_told(directory: Path) -> None:
     (directory / "file").touch()
     result = collab("serve", "--data-dir", str(directory / "file"), "--grpc-address", "127.0.0.1:0")
     assert_one_sentence(result, str(directory / "file"))
+
+
+def test_a_data_directory_without_its_password_is_told(directory: Path) -> None:
+    """A wrong password is a sentence that says where the right one belongs; a missing one is not made up anew."""
+    data = directory / "data"
+    with ServeProcess("--data-dir", str(data), cwd=directory) as process:
+        assert process.stop() == 0
+    password = (data / "password").read_text()
+    (data / "password").write_text("sEcret")
+    result = collab("serve", "--data-dir", str(data), "--grpc-address", "127.0.0.1:0")
+    assert_one_sentence(result, "authentication failed", f"{data}/password")
+    assert "postgres stopped" in result.stderr
+    (data / "password").unlink()
+    assert_one_sentence(collab("serve", "--data-dir", str(data)), f"{data}/password is missing", "backup")
+    assert not (data / "password").exists()
+    (data / "password").write_text(password)
+    with ServeProcess("--data-dir", str(data), cwd=directory) as process:
+        assert process.stop() == 0
 
 
 @pytest.mark.parametrize(

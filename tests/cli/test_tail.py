@@ -225,7 +225,7 @@ def test_a_number_that_is_too_large_is_told(
 
 @pytest.mark.parametrize("more", [True, False], ids=["more comes", "nothing more comes"])
 def test_a_reader_that_goes_away_ends_it(server: ServeProcess, stub: CollabServiceStub, more: bool) -> None:
-    """`collab tail 1 | head -1` ends by itself and without a word, also when nothing more comes to be shown."""
+    """`collab tail 1 | head -1` ends by itself, well and without a word, also when nothing more comes to be shown."""
     session_id = append(stub, new_session(stub)).event.session_id
     with (
         subprocess.Popen(
@@ -243,7 +243,7 @@ def test_a_reader_that_goes_away_ends_it(server: ServeProcess, stub: CollabServi
             assert head.communicate(timeout=TIMEOUT)[0].startswith("1  ")
             if more:
                 append(stub, session_id)
-            tail.wait(3)
+            assert tail.wait(TIMEOUT) == 0
             assert tail.stderr is not None
             assert tail.stderr.read() == ""
         finally:

@@ -490,7 +490,7 @@ def test_bad_numbers_of_workers_are_told(
     monkeypatch.setattr(sys, "argv", ["collab", "serve", "--database-url", "none", "--workers", count])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith(f"collab: --workers {count} is not possible")

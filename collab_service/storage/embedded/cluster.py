@@ -1,6 +1,7 @@
 """One PostgreSQL server on a data directory: made, started, watched and stopped."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,16 +37,17 @@ class Cluster:
             EmbeddedError: There are no programs, or the cluster cannot be made or belongs to another PostgreSQL.
         """
         self._data = data
-        self._bin = reachable_binaries(data, data.owner)
-        self._password = data.password()
         self._socket: Path | None = None
-        if not (data.cluster / "PG_VERSION").exists():
-            self._create()
-        elif (found := (data.cluster / "PG_VERSION").read_text().strip()) != str(POSTGRES_MAJOR):
-            raise EmbeddedError(
-                f"{data.path} was made by PostgreSQL {found} and this is {POSTGRES_MAJOR}; "
-                f"move the data with pg_dump or pg_upgrade, or choose another --data-dir"
-            )
+        with data.os_errors():
+            self._bin = reachable_binaries(data, data.owner)
+            self._password = data.password()
+            if not (data.cluster / "PG_VERSION").exists():
+                self._create()
+            elif (found := (data.cluster / "PG_VERSION").read_text().strip()) != str(POSTGRES_MAJOR):
+                raise EmbeddedError(
+                    f"{data.path} was made by PostgreSQL {found} and this is {POSTGRES_MAJOR}; "
+                    f"move the data with pg_dump or pg_upgrade, or choose another --data-dir"
+                )
 
     @property
     def url(self) -> str:
@@ -69,12 +71,13 @@ class Cluster:
         if left := self._left_running():
             _log.warning("stopping a postgres that was left running", data_dir=str(self._data.path))
             self.stop()
-        if self._socket is None:
-            self._socket = self._data.socket_directory()
-        if not left:
-            self._clear_away_traces()
-        self._data.log.touch(mode=0o600)
-        self._data.give_to_owner(self._data.log)
+        with self._data.os_errors():
+            if self._socket is None:
+                self._socket = self._data.socket_directory()
+            if not left:
+                self._clear_away_traces()
+            self._data.log.touch(mode=0o600)
+            self._data.give_to_owner(self._data.log)
         own = (
             "listen_addresses=",
             "unix_socket_permissions=0700",
@@ -159,7 +162,9 @@ class Cluster:
             )  # fmt: skip
         if result.returncode != 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise EmbeddedError(f"PostgreSQL could not make its files in {self._data.path}: {result.stdout.strip()}")
+            cause = re.search(r"(?:error|FATAL):\s+(.+)", result.stdout)
+            said = cause[1] if cause else result.stdout.strip()
+            raise EmbeddedError(f"PostgreSQL could not make its files in {self._data.path}: {said}")
         unfinished.rename(self._data.cluster)
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,8 @@ import fcntl
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from collab_service.storage.embedded.accounts import Account
@@ -36,14 +38,12 @@ class DataDirectory:
         """
         self.path = path.expanduser().resolve()
         self.owner = owner
-        try:
+        with self.os_errors():
             if not self.path.exists():
                 self.path.mkdir(parents=True)
                 # Another user's PostgreSQL passes through; the files have their own permissions.
                 self.path.chmod(0o700 if owner.uid == os.geteuid() else 0o711)
             self._lock = self._take_lock()
-        except OSError as error:
-            raise EmbeddedError(f"cannot use the data directory {self.path}: {error.strerror}") from error
         if (closed := owner.unreachable(self.path)) is not None:
             self.release()
             raise EmbeddedError(
@@ -51,6 +51,15 @@ class DataDirectory:
                 "choose a data directory that everybody may enter, such as --data-dir /var/lib/collab-service, "
                 f"or allow it with: chmod o+x {closed}"
             )
+
+    @contextmanager
+    def os_errors(self) -> Iterator[None]:
+        """Turn errors of the operating system, such as a disk that is full, into `EmbeddedError`."""
+        try:
+            yield
+        except OSError as error:
+            # What copies many files tells of each in its arguments.
+            raise EmbeddedError(f"cannot use the data directory {self.path}: {error.strerror or error}") from error
 
     def _take_lock(self) -> int:
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -101,9 +110,17 @@ class DataDirectory:
         return directory
 
     def password(self) -> str:
-        """Return the password of the database, made up when first asked for."""
+        """Return the password of the database, made up when first asked for.
+
+        Raises:
+            EmbeddedError: There is a cluster, but the password that it was made with is gone.
+        """
         file = self.path / "password"
         if not file.exists() or not file.read_text():
+            if self.cluster.exists():
+                raise EmbeddedError(
+                    f"{file} is missing, which has the password of the PostgreSQL there; put it back from a backup"
+                )
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w") as out:
                 out.write(secrets.token_urlsafe(32))
