@@ -40,6 +40,8 @@ class ActivityWriter:
         """Of the same sessions, when the first event came that is newer than the row says, on the loop's clock."""
         self._flushing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
+        self._waited = -math.inf
+        """When the last flush began that waited for rows which others hold."""
 
     def due(self, times: Mapping[int, int]) -> dict[int, int]:
         """Return, of sessions with the time of their newest event, those whose time is to be written with it."""
@@ -76,7 +78,9 @@ class ActivityWriter:
         await self._flush(math.inf)
 
     async def _flush(self, before: float) -> None:
+        asked = self._loop.time()
         async with self._flushing:
+            began = self._loop.time()
             since = {session_id: then for session_id, then in self._since.items() if then <= before}
             left = {session_id: self._newest.pop(session_id) for session_id in since}
             for session_id in since:
@@ -90,8 +94,12 @@ class ActivityWriter:
                     for session_id in times.keys() - held:
                         del left[session_id]
                 # What is left is held by others: one by one, so that one that is stuck holds up no other, and those
-                # that were waited for in vain come last the next time.
-                for session_id in list(left)[:_WAITED_FOR]:
+                # that were waited for in vain come last the next time. Where several flushes were asked for meanwhile,
+                # the first of them has waited for all.
+                waited_for = [] if self._waited > asked else list(left)[:_WAITED_FOR]
+                if waited_for:
+                    self._waited = began
+                for session_id in waited_for:
                     left[session_id] = left.pop(session_id)
                     await self._wait_and_write(session_id, left)
             finally:

@@ -28,7 +28,11 @@ class AppendConnections:
             connection = self._idle.pop() if self._idle else None
             if connection is None or not connection.usable:
                 connection = await PipelineConnection.open(self._database)
-                await connection.run(appending.SET_UP_CONNECTION)
+                try:
+                    await connection.run(appending.SET_UP_CONNECTION)
+                except BaseException:
+                    connection.close()
+                    raise
             try:
                 yield connection
             except psycopg.errors.ReadOnlySqlTransaction:

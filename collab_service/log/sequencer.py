@@ -193,6 +193,11 @@ class Sequencer:
         """
         pending = self._pending(request, succession)
         await self._queue.put_when_there_is_room(pending)
+        try:
+            self._refuse_when_closing()
+        except ShuttingDown:
+            self._queue.remove(pending)
+            raise
         return pending
 
     def withdraw(self, pending: Pending) -> None:
@@ -202,13 +207,16 @@ class Sequencer:
         self._wrote.set()
 
     def _pending(self, request: AppendRequest, succession: Succession | None) -> Pending:
-        if self._closing:
-            self._metrics.refused(ShuttingDown.reason)
-            raise ShuttingDown
+        self._refuse_when_closing()
         size = request.size + _EVENT_BYTES * len(request.events)
         answer: asyncio.Future[Decision] = self._loop.create_future()
         digests = list(map(content_digest, request.events))
         return Pending(request, digests, size, answer, since=perf_counter(), succession=succession)
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            self._metrics.refused(ShuttingDown.reason)
+            raise ShuttingDown
 
     def start(self) -> None:
         """Begin to write."""

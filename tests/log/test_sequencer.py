@@ -10,7 +10,8 @@ import pytest
 
 from collab_service.config import Config
 from collab_service.log import sequencer
-from collab_service.log.decide import Appended
+from collab_service.log.decide import Appended, AppendRequest
+from collab_service.log.queue import Succession
 from collab_service.log.service import LogService
 from collab_service.model import NewEvent, QueueLimits
 from collab_service.model.errors import (
@@ -239,6 +240,26 @@ async def test_stopping_writes_what_waits(start_service: StartService, database_
         await append(service, session_id, event(99))
     appended = await asyncio.gather(*tasks)
     assert len(appended) == len(await read_checked(reader, session_id)) == 50
+
+
+async def test_what_waits_for_room_when_it_stops(start_service: StartService, database_url: str) -> None:
+    """What has no room yet when the service stops is told, and does not come into a queue that nobody writes."""
+    service = start_service(queue=QueueLimits(session_requests=1, requests=2))
+    session_id = await new_session(service)
+    async with holding(database_url, session_id):
+        first = asyncio.create_task(append(service, session_id, event(1)))
+        await until(lambda: is_waiting_for_lock(database_url), "the append")
+        request = AppendRequest(session_id, [event(2)], 2)
+        second = asyncio.create_task(service._sequencer.submit(request, Succession()))
+        await asyncio.sleep(0)
+        stopping = asyncio.create_task(service._sequencer.stop(5))
+        await asyncio.sleep(0)
+        assert not second.done()
+    await stopping
+    assert (await first).events[0].server_seq == 1
+    with pytest.raises(ShuttingDown):
+        await second
+    assert len(service._sequencer._queue) == 0
 
 
 async def test_deleting_while_appending(service: LogService) -> None:
