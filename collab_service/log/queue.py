@@ -8,6 +8,7 @@ from itertools import islice
 from msgspec import Struct
 
 from collab_service.log.decide import AppendRequest, Attempt, Decision
+from collab_service.log.room import Room, Share
 from collab_service.model import QueueLimits
 from collab_service.model.errors import CommitOutcomeUnknown, Overloaded
 
@@ -85,64 +86,6 @@ class Arrivals:
             await self._enough.wait()
 
 
-class _Room:
-    """Callers who wait for room, the first one first."""
-
-    __slots__ = ("_waiting",)
-
-    def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] | tuple[()] = ()
-
-    async def wait(self) -> None:
-        """Wait to be woken."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting = self._waiting or deque()  # hardly ever does anybody wait, and most rooms are short-lived
-        self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.wake()  # it was our turn, which is the next one's now
-            raise
-
-    def wake(self) -> None:
-        """Wake the first one, who wakes the next when there is room for both."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-
-    def wake_all(self) -> None:
-        """Wake everybody, as when nothing will be taken from here any more."""
-        while self._waiting:
-            self.wake()
-
-
-class _Share:
-    """What lines have room for together."""
-
-    __slots__ = ("max_requests", "max_size", "requests", "room", "size")
-
-    def __init__(self, max_requests: int, max_size: int) -> None:
-        self.max_requests = max_requests
-        self.max_size = max_size
-        self.requests = 0
-        """Requests that have room: those that wait, and those that were taken and may come back."""
-        self.size = 0
-        """Bytes of those."""
-        self.room = _Room()
-
-    def add(self, requests: int, size: int) -> None:
-        """Take note of requests that have come, or (when negative) are gone."""
-        self.requests += requests
-        self.size += size
-
-    def is_full(self, size: int) -> bool:
-        """Tell whether there is no room for a request of so many bytes. There is for one of any size if it is alone."""
-        return self.requests >= self.max_requests or (self.requests > 0 and self.size + size > self.max_size)
-
-
 class _Line:
     """The requests of one session, in order. With many sessions, one is made for nearly every request."""
 
@@ -156,7 +99,7 @@ class _Line:
         """Requests that have room here: those that wait, and those that were taken and may come back."""
         self.size = 0
         """Bytes of those."""
-        self.room = _Room()
+        self.room = Room()
         self.arrivals = arrivals
         """Where its events are counted: with those of all lines, or apart while it is on hold."""
 
@@ -177,8 +120,8 @@ class AppendQueue:
         """Those of them from which to take next, in turn."""
         self._held: dict[int, _Line] = {}
         self._waiting = 0
-        self._all = _Share(limits.requests, limits.bytes)
-        self._of_held = _Share((limits.requests + 1) // 2, limits.bytes // 2)
+        self._all = Share(limits.requests, limits.bytes)
+        self._of_held = Share((limits.requests + 1) // 2, limits.bytes // 2)
         """What of that the lines on hold may have."""
         self.arrivals = Arrivals()
         """Of all that is not on hold."""
@@ -217,7 +160,7 @@ class AppendQueue:
 
     async def put_when_there_is_room(self, pending: Pending) -> None:
         """Add a request at the end of its session's line, as soon as there is room."""
-        waited_in: _Room | None = None
+        waited_in: Room | None = None
         while (room := self._full(pending.request.session_id, pending.size)) is not None:
             if waited_in is not None and waited_in is not room:
                 waited_in.wake()  # there may be room for another
@@ -331,7 +274,7 @@ class AppendQueue:
                 everything.append(pending)
         return everything
 
-    def _full(self, session_id: int, size: int) -> _Room | None:
+    def _full(self, session_id: int, size: int) -> Room | None:
         """Return where there is no room for a request: in a share, or in its session's line; None when there is.
 
         No session may take more of a share than it leaves to the others, so that none can fill one.
