@@ -68,7 +68,7 @@ def test_an_address_of_a_gateway_that_is_taken(taken: str) -> None:
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "gateway.internal:80", "192.0.2.1:80"])
 def test_only_loopback_without_authentication(here: Here, address: str) -> None:
     """What other machines can reach is refused before anything starts, with what to do about it."""
-    sentence = here.refused("gateway", "--http-address", address, status=1)
+    sentence = here.refused("gateway", "--http-address", address, status=2)
     for words in (f"--http-address {address}", "no authentication", "--allow-unauthenticated"):
         assert words in sentence
 
@@ -76,7 +76,7 @@ def test_only_loopback_without_authentication(here: Here, address: str) -> None:
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "127.0.0.1:65536", ":80", "off"])
 def test_a_bad_address_is_told(here: Here, address: str) -> None:
     """What is no address is a sentence that shows one."""
-    sentence = here.refused("gateway", "--http-address", address, status=1)
+    sentence = here.refused("gateway", "--http-address", address, status=2)
     assert address in sentence
     assert "127.0.0.1:" in sentence
 
