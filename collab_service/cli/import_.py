@@ -167,8 +167,9 @@ class _Import:
 
     def _other(self, number: int) -> CommandError:
         room = "" if self._session.room is None else f", which has the room {self._session.room},"
+        how = "another than the file's" if number <= self._count else "not in the file"
         return CommandError(
-            f"session {self._session.id}{room} is not this import: event {number:,} is another than the file's; "
+            f"session {self._session.id}{room} is not this import: event {number:,} is {how}; "
             "import into a new session with --no-room or --room NAME",
             ExitStatus.CONFLICT,
         )

@@ -15,7 +15,7 @@ _PATH_PARAMETERS: dict[str, tuple[Any, str]] = {
     "id": (forms.Id, "The session's number."),
     "user_id": (forms.Name, "The user."),
 }
-_ALWAYS = (400, 429, 500, 503)
+_ALWAYS = (400, 408, 429, 431, 500, 503)
 """Statuses of errors that every call can have."""
 
 

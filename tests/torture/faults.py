@@ -164,7 +164,7 @@ async def delay_statement(field: Field) -> str:
 
 async def cut_clients(field: Field) -> str:
     """Cut all connections of the clients behind the wire, and accept none for a moment."""
-    clients = _clients(field)
+    clients = await _clients(field)
     clients.refuse()
     clients.cut()
     try:
@@ -185,7 +185,7 @@ async def lose_answer(field: Field) -> str:
 
 async def delay_answers(field: Field) -> str:
     """Hold back for a while what the service says to the clients behind the wire."""
-    clients = _clients(field)
+    clients = await _clients(field)
     clients.hold()
     try:
         await _pause(field, 0.2, 2.0)
@@ -196,14 +196,14 @@ async def delay_answers(field: Field) -> str:
 
 async def half_close(field: Field) -> str:
     """Close the clients' connections towards the service only."""
-    _clients(field).half_close()
+    (await _clients(field)).half_close()
     await _pause(field, 0.1, 0.3)
     return ""
 
 
 async def throttle_clients(field: Field) -> str:
     """Let through a few kilobytes a second of what clients and service say to each other."""
-    clients = _clients(field)
+    clients = await _clients(field)
     clients.throttle(20_000)
     try:
         await _pause(field, 0.5, 2.0)
@@ -379,9 +379,9 @@ def _workers(field: Field) -> Sequence[int]:
     return workers
 
 
-def _clients(field: Field) -> ClientWire:
-    if not field.ground.clients.is_connected():
-        raise Missed("no client is connected")
+async def _clients(field: Field) -> ClientWire:
+    """Wait until clients are connected: another fault may just have cut them."""
+    await _soon(field.ground.clients.is_connected, "no client is connected")
     return field.ground.clients
 
 
