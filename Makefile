@@ -25,7 +25,7 @@ run: install ## Start the service with a PostgreSQL of its own (more: collab ser
 	$(BIN)/collab serve
 
 test: install ## Run the tests, on several cores (under five minutes)
-	$(BIN)/python -m pytest -m "not long" -n 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not long" -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: install ## Run what takes longer: whole traces, a million events, the built wheel
 	$(BIN)/python -m pytest -m long

@@ -21,11 +21,33 @@ from tests.processes import ServeProcess, let_starts_be_warm
 TRACES = Path(__file__).parent.parent.parent / "shared" / "traces"
 
 _TEMPLATE = "template_collab"
+_LONGEST = (
+    "cli/test_workers.py",
+    "cli/test_serve.py",
+    "log/test_following.py",
+    "gateway/test_pages.py",
+    "cli/test_worker_metrics.py",
+    "rpc/test_append_stream.py",
+    "rpc/test_concurrent_trace.py",
+    "gateway/test_stopping.py",
+    "torture/test_run.py",
+    "storage/test_embedded.py",
+    "cli/test_archive.py",
+    "hostile/test_grpc.py",
+    "cli/test_append.py",
+)
+"""The files that take longest, half a minute and more."""
 
 
 def pytest_configure() -> None:
     """Not on import: the benchmarks and the torture import from here."""
     let_starts_be_warm()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that none of several processes is left with one in the end."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -147,10 +147,16 @@ async def test_a_paused_follower_does_not_hold_up_a_stop(database_url: str, dire
         async with connect(server.grpc_address) as stub:
             session = await new_session(stub)
             messages: list[bytes] = []
-            paused = await FollowConnection.open(
-                server.grpc_address, lambda _, message: messages.append(message), window=10_000
-            )
+            follows = asyncio.Event()
+
+            def take(_: int, message: bytes) -> None:
+                messages.append(message)
+                follows.set()
+
+            paused = await FollowConnection.open(server.grpc_address, take, window=10_000)
             paused.follow(pb.ListEventsRequest(session_id=session, follow=True))
+            async with asyncio.timeout(60):
+                await follows.wait()
             async with Follow(stub, session) as follow:
                 for n in range(60):
                     await append(stub, session, binary=b"x" * 2_000)
