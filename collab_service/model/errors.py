@@ -68,7 +68,7 @@ class CollabError(Exception):
     reason: ClassVar[Reason]
     retry_after: ClassVar[float | None] = None
     """Seconds to wait before the same call may succeed; None where waiting does not help."""
-    may_have_been_written: ClassVar[bool] = False
+    may_have_been_written: bool = False
 
     def __init__(self, message: str | None = None, **metadata: str | int) -> None:
         super().__init__(message or (self.__doc__ or "").partition("\n")[0])
@@ -173,7 +173,7 @@ class ShuttingDown(CollabError):
 
 
 class CommitOutcomeUnknown(CollabError):
-    """The database was lost during a commit; what was sent may or may not be stored."""
+    """The database, or its standby, was lost during a commit; what was sent may or may not be stored."""
 
     reason = Reason.COMMIT_OUTCOME_UNKNOWN
     retry_after = 1.0

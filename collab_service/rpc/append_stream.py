@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from copy import copy
 
 from msgspec import Struct
 
@@ -11,8 +12,9 @@ from collab_service.log.queue import Pending, Succession
 from collab_service.log.service import LogService
 from collab_service.model.errors import CollabError, InvalidArgument, Overloaded, ReaderStalled
 from collab_service.rpc.convert import appended_message
-from collab_service.rpc.reads import Requests
+from collab_service.rpc.reads import Context, Requests
 from collab_service.rpc.status import append_failure
+from collab_service.rpc.writes import begin
 from collab_service.v1 import collab_service_pb2 as pb
 
 _REQUESTS = 256
@@ -85,7 +87,7 @@ class AppendStream:
         self,
         service: LogService,
         check: Callable[[pb.AppendEventsRequest], AppendRequest],
-        write: Callable[[pb.AppendStreamResponse], Awaitable[None]],
+        context: Context,
         held: HeldByStreams,
     ) -> None:
         """Prepare; `run` does it.
@@ -93,12 +95,13 @@ class AppendStream:
         Args:
             service: Where to append.
             check: Returns what a request asks for; raises `InvalidArgument`.
-            write: Sends an answer.
+            context: Sends the answers.
             held: What all streams hold together.
         """
         self._service = service
         self._check = check
-        self._write = write
+        self._context = context
+        self._begun = False
         self._held = held
         self._succession = Succession()
         self._on_their_way: deque[_Entry] = deque()
@@ -108,6 +111,8 @@ class AppendStream:
         self._requests: Requests[pb.AppendStreamRequest]
         self._reads_no_more = False
         self._is_sending = False
+        self._being_told: _Entry | None = None
+        """The request whose answer is on its way."""
         self._end: CollabError | None = None
 
     async def run(self, requests: Requests[pb.AppendStreamRequest]) -> None:
@@ -128,16 +133,29 @@ class AppendStream:
                 self._on_their_way.popleft()
                 self._release(entry.size)
                 self._changed.set()
+                self._being_told = entry
                 await self._send(_answer(entry.number, decision))
+                self._being_told = None
             if self._end is not None:
                 raise self._end
             await self._reader  # raises what has ended it
+        except CollabError as error:
+            raise self._speaking_for_all(error) from error.__cause__
         finally:
             self._stop_reading()
             for entry in self._on_their_way:
                 if isinstance(entry.outcome, Pending):
                     self._service.withdraw(entry.outcome)
             self._release(self._size)
+
+    def _speaking_for_all(self, error: CollabError) -> CollabError:
+        """Return what ends the stream, such that its side effects are those of all that was not answered."""
+        unanswered = [*self._on_their_way, *([self._being_told] if self._being_told else [])]
+        if error.may_have_been_written or not any(_may_be_stored(entry.outcome) for entry in unanswered):
+            return error
+        own = copy(error)  # others were told the same one
+        own.may_have_been_written = True
+        return own
 
     def stop(self, why: CollabError) -> None:
         """Read nothing more; end with this error when what has been read is answered."""
@@ -201,11 +219,27 @@ class AppendStream:
         self._is_sending = True
         try:
             async with asyncio.timeout(_STALLED):
-                await self._write(answer)
+                if not self._begun:
+                    await begin(self._context)
+                    self._begun = True
+                await self._context.write(answer)
         except TimeoutError:
             raise ReaderStalled from None
         finally:
             self._is_sending = False
+
+
+def _may_be_stored(outcome: Pending | CollabError) -> bool:
+    if isinstance(outcome, CollabError):
+        return False
+    if not outcome.answer.done():
+        return not outcome.is_waiting
+    if outcome.answer.cancelled():
+        return False
+    error = outcome.answer.exception()
+    if error is not None:
+        return not isinstance(error, CollabError) or error.may_have_been_written
+    return isinstance(outcome.answer.result(), Appended)
 
 
 def _answer(number: int, decision: Decision) -> pb.AppendStreamResponse:

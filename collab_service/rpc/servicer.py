@@ -12,7 +12,7 @@ from collab_service.rpc.convert import PageEncoder, appended_message, event_mess
 from collab_service.rpc.page_token import make_page_token
 from collab_service.rpc.reads import Context, Requests
 from collab_service.rpc.validate import Check, session_of
-from collab_service.rpc.writes import Writes
+from collab_service.rpc.writes import Writes, begin
 from collab_service.v1 import collab_service_pb2 as pb
 
 _OF_COLUMNS = ("collab-events-of", "columns")
@@ -128,7 +128,7 @@ class Servicer:
         if self._stopping:
             raise ShuttingDown
         self._held_by_streams.check_room(len(self._append_streams) + 1)
-        stream = AppendStream(self._service, self._batch, context.write, self._held_by_streams)
+        stream = AppendStream(self._service, self._batch, context, self._held_by_streams)
         self._append_streams.add(stream)
         try:
             await stream.run(requests)
@@ -156,10 +156,14 @@ class Servicer:
             encoded=_OF_COLUMNS not in (context.invocation_metadata() or ()),
         )
         del request  # which may be large, and a follow goes on for long
+        begun = False
         async with aclosing(pages):
             async for page in pages:
                 message = self._pages.encode(page)
                 del page  # a reader that stalls shall cost no more than the bytes
+                if not begun:
+                    await begin(context)
+                    begun = True
                 await self.writes.write(message, context, follow=follow)
 
     def _language_id(self, check: Check, request: pb.CreateSessionRequest | pb.ListSessionsRequest) -> int | None:

@@ -102,8 +102,14 @@ def append_failure(error: CollabError) -> pb.AppendFailure:
     )
 
 
+def _cut_list(value: str, most: int) -> str:
+    """Shorten a value; one that is a list of numbers ends with a whole one."""
+    cut = _cut(value, most)
+    return cut if cut == value or "," not in cut else cut.rpartition(",")[0]
+
+
 def _metadata(error: CollabError) -> dict[str, str]:
-    metadata = {name: _cut(value, _MAX_METADATA_VALUE) for name, value in error.metadata.items()}
+    metadata = {name: _cut_list(value, _MAX_METADATA_VALUE) for name, value in error.metadata.items()}
     return {**metadata, "side_effects": "unknown" if error.may_have_been_written else "none"}
 
 

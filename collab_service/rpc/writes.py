@@ -23,6 +23,15 @@ _LOOK = 0.25
 """Seconds between two looks."""
 
 
+async def begin(context: Context) -> None:
+    """Send what comes before a stream's first message, so that the stream can be ended while that is not taken.
+
+    It would travel with the message, and until that is taken grpc.aio believes that it is still to be sent: ending the
+    call then sends it again, which fails, and the reader is told nothing and waits for ever.
+    """
+    await context.send_initial_metadata(())
+
+
 class _Write(Struct, eq=False):
     """A message on its way."""
 
@@ -74,7 +83,7 @@ class Writes:
         except asyncio.CancelledError:
             if not write.was_only_ended():
                 raise
-            self._stuck.add(context.peer(), len(message))
+            self._stuck.add(context, len(message))
             raise ShuttingDown if follow and self._stopping_since is not None else ReaderStalled from None
         finally:
             self._under_way.discard(write)

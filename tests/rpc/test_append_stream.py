@@ -174,6 +174,26 @@ def test_many_streams_at_once(stub: CollabServiceStub) -> None:
     assert all([s for s in stored if s // 1000 == n] == [1000 * n + i for i in range(10)] for n in range(200))
 
 
+def test_an_end_does_not_deny_what_is_stored(stub: CollabServiceStub, server_database_url: str) -> None:
+    """A fault of storage ends a stream with `unknown` where a request that was not answered is stored, else `none`."""
+    locked, free = new_session(stub), new_session(stub)
+    with psycopg.connect(server_database_url) as other:
+        other.execute("SELECT id FROM collab_sessions WHERE id = %s FOR UPDATE", (locked,))
+        streams = [Stream(stub), Stream(stub)]
+        for stream in streams:
+            stream.send(request(1, locked, event(1)))
+        streams[1].send(request(2, free, event(2)))
+        failures = []
+        for stream in streams:
+            got, error = stream.collect()
+            assert got == []
+            assert error is not None
+            failures.append(Failure(error))
+    assert [failed.reason for failed in failures] == ["STORAGE_UNAVAILABLE"] * 2
+    assert [failed.metadata["side_effects"] for failed in failures] == ["none", "unknown"]
+    assert (len(events(stub, locked)), len(events(stub, free))) == (0, 1)
+
+
 def test_a_client_that_leaves(stub: CollabServiceStub, server_database_url: str) -> None:
     """What has not been begun when the caller cancels is not written; the log stays whole and takes others."""
     session_id = new_session(stub)
