@@ -19,7 +19,7 @@ from sqlalchemy.pool import QueuePool
 from collab_service.metrics import PoolMetrics
 from collab_service.model.errors import CommitOutcomeUnknown, DatabaseUnreachable, ReadOnlyServer
 from collab_service.storage.binary import load_times_as_micros
-from collab_service.storage.driver_errors import driver_errors
+from collab_service.storage.driver_errors import driver_errors, is_of_standby
 
 DriverConnection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -177,16 +177,29 @@ class Database:
         """Open a transaction; commits at the end, rolls back when the block raises.
 
         Raises:
-            CommitOutcomeUnknown: The connection was lost during the commit.
+            CommitOutcomeUnknown: The connection was lost during the commit, or a standby was no longer waited for.
         """
         async with self.reading() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert isinstance(driver, psycopg.AsyncConnection)
             yield connection
+            is_doubtful = False
+
+            def note(notice: psycopg.errors.Diagnostic) -> None:
+                nonlocal is_doubtful
+                is_doubtful |= is_of_standby(notice)
+
+            driver.add_notice_handler(note)
             try:
                 await connection.commit()
             except DBAPIError as error:
                 if isinstance(error.orig, psycopg.Error) and error.orig.diag.severity_nonlocalized == "ERROR":
                     raise  # the server said that it failed
                 raise CommitOutcomeUnknown from error
+            finally:
+                driver.remove_notice_handler(note)
+            if is_doubtful:
+                raise CommitOutcomeUnknown
 
     @asynccontextmanager
     async def driver_connection(self, *, autocommit: bool = False) -> AsyncIterator[DriverConnection]:

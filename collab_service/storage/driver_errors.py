@@ -62,6 +62,8 @@ _WRONG_URL = re.compile(
     r"invalid \S+ value|definition of service .* not found|could not match \d+ |"
     r"invalid value for parameter|unrecognized configuration parameter|invalid command-line argument"
 )
+_WAITS_FOR_STANDBY = "SyncRepWaitForLSN"
+"""The function that waits for a synchronous standby (PostgreSQL's src/backend/replication/syncrep.c)."""
 
 
 def translate(error: BaseException) -> CollabError | None:
@@ -102,6 +104,15 @@ def is_refusal(cause: str) -> bool:
 def is_wrong_url(cause: str) -> bool:
     """Tell whether the driver's words are of a wrong parameter in the database URL, which waiting does not change."""
     return _WRONG_URL.search(cause) is not None
+
+
+def is_of_standby(notice: psycopg.errors.Diagnostic) -> bool:
+    """Tell whether a notice may say that a commit no longer waits for its synchronous standby.
+
+    Warnings come of other things, too, such as a database in which nothing has been vacuumed for too long, or a
+    trigger. The place in PostgreSQL's source is the only thing that does not change with the language.
+    """
+    return notice.severity_nonlocalized == "WARNING" and notice.source_function in (None, _WAITS_FOR_STANDBY)
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGconn, PGresult
 
 from collab_service.storage.database import Database
+from collab_service.storage.driver_errors import is_of_standby
 
-_WAITS_FOR_STANDBY = "SyncRepWaitForLSN"
-"""The function that waits for a synchronous standby (PostgreSQL's src/backend/replication/syncrep.c)."""
 _PATIENCE = 75.0
 """Seconds to wait for answers: longer than any `statement_timeout`, for servers that do not even say that."""
 
@@ -192,7 +191,5 @@ class PipelineConnection:
             done.set_exception(error)
 
     def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
-        # Warnings come of other things, too, such as a database in which nothing has been vacuumed for too long, or a
-        # trigger. The place in PostgreSQL's source is the only thing that does not change with the language.
-        if diagnostic.severity_nonlocalized == "WARNING" and diagnostic.source_function in (None, _WAITS_FOR_STANDBY):
+        if is_of_standby(diagnostic):
             self._warnings.append(diagnostic.message_primary or "")

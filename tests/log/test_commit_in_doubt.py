@@ -3,15 +3,16 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
 from collab_service.log import sequencer
-from collab_service.log.decide import Appended
+from collab_service.log.service import LogService
 from collab_service.model import NewEvent
 from collab_service.model.errors import CommitOutcomeUnknown
 from collab_service.storage import schema
@@ -354,14 +355,28 @@ async def until_stopped(cluster: Cluster) -> None:
     await until(has_stopped, "the end of PostgreSQL")
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda service, session_id: append(service, session_id, NewEvent()),
+        lambda service, _: new_session(service),
+        lambda service, session_id: service.touch_session(session_id),
+        lambda service, session_id: service.delete_session(session_id),
+        lambda service, _: service.remove_user("ada"),
+    ],
+    ids=["append", "create", "touch", "delete", "remove user"],
+)
 async def test_a_commit_that_gave_up_waiting_for_a_standby_is_unknown(
-    start_service: StartService, directory: Path
+    start_service: StartService, directory: Path, write: Callable[[LogService, int], Coroutine[Any, Any, object]]
 ) -> None:
     """Committed here but perhaps nowhere else is not acknowledged: a fail-over could lose it."""
     with own_cluster(directory) as (cluster, _):
         service = start_service(cluster.url)
-        session_id = await new_session(service)
-        async with await psycopg.AsyncConnection.connect(cluster.url, autocommit=True) as connection:
+        session, _ = await service.create_session(language_id=None, owner_id="ada", room=None)
+        async with (
+            await psycopg.AsyncConnection.connect(cluster.url, autocommit=True) as connection,
+            await psycopg.AsyncConnection.connect(cluster.url, autocommit=True) as other,
+        ):
             await connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nowhere'")
             await connection.execute("SELECT pg_reload_conf()")
 
@@ -371,18 +386,20 @@ async def test_a_commit_that_gave_up_waiting_for_a_standby_is_unknown(
                 )
                 return bool(await cursor.fetchall())
 
-            task: asyncio.Task[Appended] | None = None
+            probe: asyncio.Task[object] | None = None
 
-            async def appending() -> bool:
-                nonlocal task
-                # Until the setting has arrived everywhere, commits succeed.
-                if task is None or (task.done() and not task.exception()):
-                    task = asyncio.create_task(append(service, session_id, NewEvent()))
+            async def has_arrived() -> bool:
+                nonlocal probe
+                if probe is None or probe.done():  # commits succeed until then
+                    probe = asyncio.create_task(other.execute("COMMENT ON SCHEMA public IS 'probe'"))
                 return await cancelled()
 
-            await until(appending, "waiting for the standby")
-            assert task is not None
+            await until(has_arrived, "the setting")
+            assert probe is not None
+            await probe
+            writing = asyncio.create_task(write(service, session.id))
+            await until(cancelled, "waiting for the standby")
             with pytest.raises(CommitOutcomeUnknown):
-                await task
+                await writing
             await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await connection.execute("SELECT pg_reload_conf()")
