@@ -21,7 +21,7 @@ _EVENT_BYTES = 900_000
 
 @pytest.fixture
 async def impatient(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Server, str]]:
-    """A server here, and its address; it ends stalled readers after half a second, and bears 3 MB of what they leave."""
+    """A server here and its address; it ends stalled readers after half a second, and bears 3 MB of what they leave."""
     monkeypatch.setattr(writes, "_STALLED", 0.5)
     monkeypatch.setattr(stuck, "_MOST_BYTES", 3_000_000)
     config = Config(data_dir=Path("/nonexistent"), grpc_address="127.0.0.1:0")
