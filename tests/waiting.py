@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 
-async def until(holds: Callable[[], Awaitable[bool]], what: str, seconds: float = 60) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], what: str, seconds: float = 20) -> None:
     """Wait until a condition holds; fail after a while."""
     deadline = time.monotonic() + seconds
     while not await holds():
